@@ -1,0 +1,81 @@
+"""What an owner declares about learning, in the agent's file: its reward and its training.
+
+Shared by the server, which explains ("why not training yet?"), and the trainer, which obeys.
+The computing is elsewhere: `feedback.reward` for rewards, `trainer` for training.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a misspelt limit must not pass silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetricSpec(Strict):
+    """One outcome metric, mapped linearly from [low, high] to [0, 1] (high may be below low)."""
+
+    weight: float = Field(1.0, gt=0)
+    low: float = 0.0
+    high: float = 1.0
+    required: bool = Field(True, description="The reward stays pending until this metric arrives.")
+
+
+class RewardSpec(Strict):
+    """How events become one scalar in [0, 1], or pending."""
+
+    metrics: dict[str, MetricSpec] = Field(default_factory=lambda: {"success": MetricSpec()})
+    maturity_seconds: float = Field(
+        0.0, ge=0, description="Wait this long after an episode's end before its reward counts."
+    )
+
+
+class GateSpec(Strict):
+    """What a candidate must pass before any traffic."""
+
+    parity: float = Field(0.05, gt=0, description="Largest |engine - trainer| logprob gap, nats.")
+    heldout: str | None = Field(
+        None, description="Import path 'package.module:name' of held-out tasks; None skips the check."
+    )
+    heldout_tasks: int = Field(48, ge=1)
+    margin: float = Field(
+        0.1, ge=0, le=1, description="How far below the incumbent's success a candidate may fall."
+    )
+
+
+class TrainingSpec(Strict):
+    """When and how the adapter line is trained."""
+
+    enabled: bool = True
+    algorithm: Literal["loop"] = "loop"
+    min_episodes: int = Field(128, ge=1, description="Matured episodes that trigger an update.")
+    max_episodes: int = Field(512, ge=1, description="Most episodes taken by one update.")
+    max_wait_seconds: float | None = Field(
+        None, gt=0, description="Train on fewer once the oldest matured episode waited this long."
+    )
+    max_staleness: int = Field(
+        4, ge=0, description="Drop episodes sampled by a version further than this behind live."
+    )
+    epochs: int = Field(1, ge=1)
+    minibatch_episodes: int = Field(32, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    clip_low: float = Field(0.1, gt=0, description="LOOP's epsilon below 1.")
+    clip_high: float = Field(0.1, gt=0, description="LOOP's epsilon above 1.")
+    max_grad_norm: float = Field(1.0, gt=0)
+    kl_stop: float = Field(20.0, gt=0, description="Stop an update when a trajectory's KL passes it.")
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    gate: GateSpec = GateSpec()
+
+
+class LearningSpec(Strict):
+    """The part of an agent's file that the trainer reads."""
+
+    policy: str = Field(pattern=r"^[a-z][a-z0-9._-]{0,62}$")
+    reward: RewardSpec = RewardSpec()
+    training: TrainingSpec = TrainingSpec()

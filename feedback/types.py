@@ -1,0 +1,94 @@
+"""The nouns of the log: episodes, turns, tool calls and feedback events.
+
+Plain frozen data, as recorded. The effective reward of an episode is computed from its events by
+`feedback.reward`; rows and SQL live in `feedback.store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Purpose = Literal["live", "practice", "evaluation"]
+"""Only live and practice episodes are ever trained on."""
+
+ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that a turn made, and what came of it."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+    status: ToolStatus
+    """ok; error: the tool answered with a failure; refused: policy of the owner; timeout; invalid:
+    no such tool, or arguments that its schema refuses."""
+    result: str
+    """The text that the model was shown."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation with what the tools answered."""
+
+    index: int
+    prompt_ids: Sequence[int]
+    """All ids before the first sampled one. Stored as a suffix where it extends the turn before."""
+    token_ids: Sequence[int]
+    """The engine's own sampled ids, end-of-turn token included."""
+    logprobs: Sequence[float] | None
+    """The behaviour policy's log-probability of each sampled id; None makes the turn untrainable."""
+    text: str
+    stop_reason: str
+    tool_calls: Sequence[ToolCall] = ()
+    fault: str | None = None
+    """What was wrong with the turn itself, for example a malformed call."""
+    started_at: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One task attempted, from start to stop, under one adapter version."""
+
+    id: str
+    policy: str
+    version: int
+    """The adapter version that it began with; 0 is the base model."""
+    task_key: str
+    """Which task. Parts split by '/' go from general to particular: 'refund/8231'."""
+    started_at: float
+    tenant: str = "default"
+    agent: str | None = None
+    """The agent that ran it; None for plain chat traffic."""
+    purpose: Purpose = "live"
+    temperature: float = 1.0
+    turns: Sequence[Turn] = ()
+    stop_reason: str | None = None
+    """None while it runs; then finished, turn_limit, token_limit, time_limit, context_limit,
+    cancelled, engine_error, idle or interrupted."""
+    ended_at: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackEvent:
+    """One statement about an episode. Append-only: a retraction or an amendment is a new event."""
+
+    event_id: str
+    """Unique within (tenant, source), for ever."""
+    source: str
+    episode_id: str
+    metric: str
+    value: float | None
+    """None retracts what this source said of this metric before `event_time`."""
+    event_time: float
+    """When it became true, Unix seconds; later wins, whatever the order of arrival."""
+    received_at: float
+    tenant: str = "default"
+    turn: int | None = None
+    comment: str | None = None

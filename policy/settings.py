@@ -1,0 +1,33 @@
+"""The `model` and `engine` sections of the settings tree, shared by the server and the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ModelSettings(BaseModel):
+    """Which base model, and where its adapter versions live."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(
+        "pocket", description="'pocket' (shipped), a local folder, or a Hugging Face model id."
+    )
+    dtype: str = Field("auto", description="Weights' type while serving: auto, float32, bfloat16.")
+    adapters: Path = Field(Path("var/adapters"), description="Folder of published adapter versions.")
+    max_lora_rank: int = Field(16, ge=1, le=512, description="Largest adapter rank that is served.")
+
+
+class EngineSettings(BaseModel):
+    """How vLLM runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_model_len: int = Field(1024, ge=16, description="Context window, tokens.")
+    max_num_seqs: int = Field(64, ge=1, description="Requests that are generated at once.")
+    max_loras: int = Field(6, ge=2, description="Adapter versions that are resident at once.")
+    kv_cache_mb: int = Field(256, ge=16, description="KV-cache memory on a CPU, MiB.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory.")
+    threads: int = Field(1, ge=1, description="CPU threads of the engine process.")
