@@ -6,15 +6,15 @@ The computing is elsewhere: `feedback.reward` for rewards, `trainer` for trainin
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
     """Unknown keys are errors: a misspelt limit must not pass silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MetricSpec(Strict):
@@ -24,6 +24,12 @@ class MetricSpec(Strict):
     low: float = 0.0
     high: float = 1.0
     required: bool = Field(True, description="The reward stays pending until this metric arrives.")
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.low == self.high:
+            raise ValueError(f"low and high are both {self.low!r}; expected two different values")
+        return self
 
 
 class RewardSpec(Strict):
@@ -40,7 +46,8 @@ class GateSpec(Strict):
 
     parity: float = Field(0.05, gt=0, description="Largest |engine - trainer| logprob gap, nats.")
     heldout: str | None = Field(
-        None, description="Import path 'package.module:name' of held-out tasks; None skips the check."
+        None,
+        description="Import path 'package.module:name' of held-out tasks; None skips the check.",
     )
     heldout_tasks: int = Field(48, ge=1)
     margin: float = Field(
@@ -67,7 +74,9 @@ class TrainingSpec(Strict):
     clip_low: float = Field(0.1, gt=0, description="LOOP's epsilon below 1.")
     clip_high: float = Field(0.1, gt=0, description="LOOP's epsilon above 1.")
     max_grad_norm: float = Field(1.0, gt=0)
-    kl_stop: float = Field(20.0, gt=0, description="Stop an update when a trajectory's KL passes it.")
+    kl_stop: float = Field(
+        20.0, gt=0, description="Stop an update when a trajectory's KL passes it."
+    )
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     gate: GateSpec = GateSpec()

@@ -1,0 +1,219 @@
+"""Claims on training batches: a lease with a fencing token, in the database.
+
+An episode is in one state and in at most one run, so that no two trainers share it. A trainer that
+died holds its batch until its lease ends; the next holder gets the same batch under a higher fence,
+and whoever comes late with the old fence gets LeaseLost. Each function joins its caller's
+transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
+from sqlmodel import Session
+
+from feedback.errors import LeaseLost
+from feedback.readiness import count_drops, line_of, pool_of, triggered
+from feedback.rows import ITEM, LINE, RUN
+from feedback.spec import LearningSpec
+from feedback.training import Claim, TrainingRun
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A claim before its episodes are loaded, which needs no lock."""
+
+    id: int
+    fence: int
+    dropped: Mapping[str, int]
+    resumed: bool
+    rewards: Mapping[str, float]
+    """By episode id, oldest first."""
+
+
+def grant(
+    connection: Connection,
+    spec: LearningSpec,
+    *,
+    live_version: int,
+    owner: str,
+    lease_seconds: float,
+    now: float,
+) -> Grant | None:
+    """Take over an unfinished batch, or take a new one if training is triggered. Settle first.
+
+    `owner` names one process at a time: claiming again under the same name takes the batch back at
+    once.
+    """
+    line = line_of(connection, spec.policy)
+    expires = now + lease_seconds
+    run = _unfinished(connection, spec.policy, owner, now) if spec.training.enabled else None
+    if run is None:
+        _drop_stale(connection, spec, live_version, now)
+        if not triggered(spec.training, pool_of(connection, spec, live_version, now), now):
+            return None
+        run_id = _new_run(connection, spec, live_version, owner, now)
+    else:
+        run_id = run.id
+    fence = line.fence + 1
+    connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"fence": fence})
+    connection.execute(
+        update(RUN).where(RUN.c.id == run_id),
+        {"owner": owner, "fence": fence, "lease_expires_at": expires},
+    )
+    row = connection.execute(select(RUN).where(RUN.c.id == run_id)).one()
+    return Grant(run_id, fence, row.dropped, run is not None, _rewards(connection, run_id))
+
+
+def renew(connection: Connection, claim: Claim, *, lease_seconds: float, now: float) -> None:
+    """Hold the batch for `lease_seconds` from now. Raises LeaseLost."""
+    _change(connection, claim, {"lease_expires_at": now + lease_seconds})
+
+
+def report(connection: Connection, claim: Claim, state: str, figures: Mapping[str, Any]) -> None:
+    """Show progress; `figures` are merged into those reported before. Raises LeaseLost."""
+    row = _held(connection, claim)
+    _change(connection, claim, {"state": state, "figures": {**row.figures, **figures}})
+
+
+def finish(
+    connection: Connection,
+    claim: Claim,
+    *,
+    version: int | None,
+    figures: Mapping[str, Any],
+    also: Callable[[Session], None] | None,
+    now: float,
+) -> None:
+    """Consume the batch, with whatever `also` writes, or neither. Raises LeaseLost."""
+    row = _held(connection, claim)
+    _change(
+        connection,
+        claim,
+        {
+            "state": "finished",
+            "version": version,
+            "figures": {**row.figures, **figures},
+            "finished_at": now,
+        },
+    )
+    connection.execute(update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "trained"})
+    if also is not None:
+        with Session(connection) as session:
+            also(session)
+            session.flush()
+
+
+def abandon(connection: Connection, claim: Claim, reason: str, now: float) -> None:
+    """Give the batch back, to be claimed anew. Raises LeaseLost."""
+    _change(connection, claim, {"state": "abandoned", "reason": reason, "finished_at": now})
+    connection.execute(
+        update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "touched", "run_id": None}
+    )
+
+
+def runs(connection: Connection, policy: str | None, limit: int) -> list[TrainingRun]:
+    """Training runs, newest first."""
+    query = select(RUN).order_by(RUN.c.id.desc()).limit(limit)
+    if policy is not None:
+        query = query.where(RUN.c.policy == policy)
+    return [TrainingRun(**row._mapping) for row in connection.execute(query)]
+
+
+def _unfinished(connection: Connection, policy: str, owner: str, now: float) -> Row[Any] | None:
+    """An active run of this owner, or else one whose lease has ended."""
+    own = RUN.c.owner == owner
+    return connection.execute(
+        select(RUN)
+        .where(
+            RUN.c.policy == policy,
+            RUN.c.finished_at.is_(None),
+            or_(own, RUN.c.lease_expires_at <= now),
+        )
+        .order_by(case((own, 0), else_=1), RUN.c.id)
+        .limit(1)
+    ).first()
+
+
+def _drop_stale(connection: Connection, spec: LearningSpec, live_version: int, now: float) -> None:
+    """Versions above live count by distance too: rejected or rolled back, they are off-policy."""
+    staleness = spec.training.max_staleness
+    near = ITEM.c.version.between(live_version - staleness, live_version + staleness)
+    result = connection.execute(
+        update(ITEM).where(
+            ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now, ~near
+        ),
+        {"state": "dropped", "drop_reason": "stale"},
+    )
+    if result.rowcount:
+        count_drops(connection, spec.policy, {"stale": result.rowcount})
+
+
+def _new_run(
+    connection: Connection, spec: LearningSpec, live_version: int, owner: str, now: float
+) -> int:
+    """Make a run and put the oldest ready episodes into it."""
+    oldest = (
+        select(ITEM.c.episode_id)
+        .where(ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now)
+        .order_by(ITEM.c.ended_at, ITEM.c.episode_id)
+        .limit(spec.training.max_episodes)
+    )
+    ids = connection.execute(oldest).scalars().all()
+    run_id: int = connection.execute(
+        insert(RUN).returning(RUN.c.id),
+        {
+            "policy": spec.policy,
+            "owner": owner,
+            "fence": 0,
+            "lease_expires_at": now,
+            "state": "claimed",
+            "live_version": live_version,
+            "n_episodes": len(ids),
+            "dropped": line_of(connection, spec.policy).dropped_since,
+            "figures": {},
+            "started_at": now,
+        },
+    ).scalar_one()
+    connection.execute(
+        update(ITEM).where(ITEM.c.episode_id.in_(oldest)), {"state": "claimed", "run_id": run_id}
+    )
+    connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"dropped_since": {}})
+    return run_id
+
+
+def _rewards(connection: Connection, run_id: int) -> dict[str, float]:
+    query = (
+        select(ITEM.c.episode_id, ITEM.c.reward)
+        .where(ITEM.c.run_id == run_id)
+        .order_by(ITEM.c.ended_at, ITEM.c.episode_id)
+    )
+    return {row.episode_id: row.reward for row in connection.execute(query)}
+
+
+def _held(connection: Connection, claim: Claim) -> Row[Any]:
+    query = select(RUN).where(_is_current(claim)).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        raise _lost(claim)
+    return row
+
+
+def _change(connection: Connection, claim: Claim, values: Mapping[str, Any]) -> None:
+    result = connection.execute(update(RUN).where(_is_current(claim)), dict(values))
+    if result.rowcount != 1:
+        raise _lost(claim)
+
+
+def _is_current(claim: Claim) -> Any:
+    return and_(RUN.c.id == claim.id, RUN.c.fence == claim.fence, RUN.c.finished_at.is_(None))
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(
+        f"run {claim.id} of {claim.policy!r} is over or was claimed after fence {claim.fence}; "
+        "throw this work away and claim again"
+    )

@@ -1,0 +1,293 @@
+"""Episodes and turns in the database: begin, append, end, read back.
+
+Each function joins its caller's transaction; who commits, and when, is `feedback.store`'s and
+`feedback.log`'s business. A refusal is raised before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, insert, or_, select, update
+
+from feedback import events
+from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
+from feedback.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
+from feedback.reward import effective_values
+from feedback.rows import EPISODE, ID_LENGTH, ITEM, TURN
+from feedback.types import Episode, Purpose, ToolCall, Turn
+
+_PARAMETERS = 500
+"""Most values in one IN list: databases bound the number of parameters of a statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSummary:
+    """One line of a list of episodes."""
+
+    id: str
+    tenant: str
+    policy: str
+    version: int
+    agent: str | None
+    task_key: str
+    purpose: Purpose
+    started_at: float
+    ended_at: float | None
+    stop_reason: str | None
+    n_turns: int
+    n_tokens: int
+    """Sampled tokens."""
+    feedback: Mapping[str, float]
+    """The value in force of each metric that has been reported."""
+
+
+def begin(connection: Connection, episode: Episode) -> None:
+    """Record that an episode began, with whatever turns it already has; raises EpisodeExists."""
+    _check_names(episode)
+    if _row(connection, episode.id) is not None:
+        raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
+    connection.execute(insert(EPISODE), _episode_values(episode))
+    if episode.purpose != "evaluation":
+        connection.execute(
+            insert(ITEM),
+            {
+                "episode_id": episode.id,
+                "policy": episode.policy,
+                "version": episode.version,
+                "state": "running",
+            },
+        )
+    for turn in episode.turns:
+        append_turn(connection, episode.id, turn)
+    if episode.stop_reason is not None:
+        end(connection, episode.id, episode.stop_reason, episode.ended_at or episode.started_at)
+
+
+def append_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
+    """Record the next turn. Raises EpisodeMissing, EpisodeEnded, TurnOutOfOrder or ValueError."""
+    row = _running(connection, episode_id)
+    if turn.index != row.n_turns:
+        raise TurnOutOfOrder(
+            f"turn index is {turn.index}; expected {row.n_turns}, the next of {episode_id!r}"
+        )
+    if turn.logprobs is not None and len(turn.logprobs) != len(turn.token_ids):
+        raise ValueError(
+            f"turn {turn.index} of {episode_id!r} has {len(turn.token_ids)} token ids and "
+            f"{len(turn.logprobs)} logprobs; expected one each, or logprobs=None"
+        )
+    prompt, sampled = pack_ids(turn.prompt_ids), pack_ids(turn.token_ids)
+    extends = turn.index > 0 and _digest(prompt[: 4 * row.context_length]) == row.context_digest
+    connection.execute(
+        insert(TURN),
+        {
+            "episode_id": episode_id,
+            "index": turn.index,
+            "extends": extends,
+            "prompt_ids": prompt[4 * row.context_length :] if extends else prompt,
+            "token_ids": sampled,
+            "logprobs": None if turn.logprobs is None else pack_logprobs(turn.logprobs),
+            "text": _storable(turn.text),
+            "stop_reason": turn.stop_reason,
+            "tool_calls": [dataclasses.asdict(call) for call in turn.tool_calls],
+            "fault": None if turn.fault is None else _storable(turn.fault),
+            "started_at": turn.started_at,
+            "seconds": turn.seconds,
+        },
+    )
+    connection.execute(
+        update(EPISODE).where(EPISODE.c.id == episode_id),
+        {
+            "n_turns": row.n_turns + 1,
+            "n_tokens": row.n_tokens + len(turn.token_ids),
+            "has_logprobs": row.has_logprobs and turn.logprobs is not None,
+            "context_length": (len(prompt) + len(sampled)) // 4,
+            "context_digest": _digest(prompt + sampled),
+        },
+    )
+
+
+def end(connection: Connection, episode_id: str, stop_reason: str, ended_at: float) -> None:
+    """Record that an episode is over. Raises EpisodeMissing or EpisodeEnded."""
+    _running(connection, episode_id)
+    connection.execute(
+        update(EPISODE).where(EPISODE.c.id == episode_id),
+        {"stop_reason": stop_reason, "ended_at": ended_at},
+    )
+    connection.execute(
+        update(ITEM).where(ITEM.c.episode_id == episode_id),
+        {"state": "touched", "ended_at": ended_at},
+    )
+
+
+def interrupt_running(connection: Connection, now: float) -> int:
+    """End every running episode as 'interrupted'; returns how many there were."""
+    running = EPISODE.c.stop_reason.is_(None)
+    connection.execute(
+        update(ITEM).where(ITEM.c.state == "running"), {"state": "touched", "ended_at": now}
+    )
+    result = connection.execute(
+        update(EPISODE).where(running), {"stop_reason": "interrupted", "ended_at": now}
+    )
+    return result.rowcount
+
+
+def load(connection: Connection, ids: Sequence[str], tenant: str | None = None) -> list[Episode]:
+    """The episodes of `ids` that exist (under `tenant`, if given), in that order, with turns."""
+    rows: dict[str, Row[Any]] = {}
+    turns: dict[str, list[Turn]] = {}
+    for some in _chunks(ids):
+        query = select(EPISODE).where(EPISODE.c.id.in_(some))
+        if tenant is not None:
+            query = query.where(EPISODE.c.tenant == tenant)
+        rows |= {row.id: row for row in connection.execute(query)}
+        ordered = (
+            select(TURN)
+            .where(TURN.c.episode_id.in_(some))
+            .order_by(TURN.c.episode_id, TURN.c.index)
+        )
+        for row in connection.execute(ordered):
+            known = turns.setdefault(row.episode_id, [])
+            known.append(_turn(row, known[-1] if known else None))
+    return [_episode(rows[id], turns.get(id, ())) for id in ids if id in rows]
+
+
+def summaries(
+    connection: Connection,
+    *,
+    tenant: str,
+    equal: Mapping[str, object | None],
+    limit: int,
+    before: str | None,
+) -> list[EpisodeSummary]:
+    """Newest first. `equal` maps columns to wanted values (None: any); `before` is an episode id.
+
+    Raises EpisodeMissing if `before` is no episode of the tenant.
+    """
+    query = select(EPISODE).where(EPISODE.c.tenant == tenant)
+    for name, value in equal.items():
+        if value is not None:
+            query = query.where(EPISODE.c[name] == value)
+    if before is not None:
+        mark = _row(connection, before)
+        if mark is None or mark.tenant != tenant:
+            raise EpisodeMissing(f"no episode {before!r} to list from; pass an id of a page before")
+        at, key = EPISODE.c.started_at, EPISODE.c.id
+        query = query.where(or_(at < mark.started_at, and_(at == mark.started_at, key < mark.id)))
+    query = query.order_by(EPISODE.c.started_at.desc(), EPISODE.c.id.desc()).limit(limit)
+    rows = connection.execute(query).all()
+    said = events.of_episodes(connection, [(tenant, row.id) for row in rows])
+    return [_summary(row, effective_values(said.get((tenant, row.id), ()))) for row in rows]
+
+
+def _row(connection: Connection, episode_id: str) -> Row[Any] | None:
+    return connection.execute(select(EPISODE).where(EPISODE.c.id == episode_id)).first()
+
+
+def _running(connection: Connection, episode_id: str) -> Row[Any]:
+    row = _row(connection, episode_id)
+    if row is None:
+        raise EpisodeMissing(f"no episode {episode_id!r}; begin it first")
+    if row.stop_reason is not None:
+        raise EpisodeEnded(f"episode {episode_id!r} is over ({row.stop_reason})")
+    return row
+
+
+def _check_names(episode: Episode) -> None:
+    for name in ("id", "tenant", "policy", "agent"):
+        value = getattr(episode, name)
+        if value is not None and not 1 <= len(value) <= ID_LENGTH:
+            raise ValueError(
+                f"{name} has {len(value)} characters; expected 1 to {ID_LENGTH}: {value[:40]!r}"
+            )
+
+
+def _digest(packed: bytes) -> bytes:
+    return hashlib.blake2b(packed, digest_size=16).digest()
+
+
+def _storable(text: str) -> str:
+    """UTF-8 cannot hold lone surrogates, which JSON escapes can smuggle into a string."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (ids[start : start + _PARAMETERS] for start in range(0, len(ids), _PARAMETERS))
+
+
+def _episode_values(episode: Episode) -> dict[str, Any]:
+    return {
+        "id": episode.id,
+        "tenant": episode.tenant,
+        "policy": episode.policy,
+        "version": episode.version,
+        "agent": episode.agent,
+        "task_key": _storable(episode.task_key),
+        "purpose": episode.purpose,
+        "temperature": episode.temperature,
+        "started_at": episode.started_at,
+        "n_turns": 0,
+        "n_tokens": 0,
+        "has_logprobs": True,
+        "context_length": 0,
+        "context_digest": b"",
+        "labels": dict(episode.metadata),
+    }
+
+
+def _episode(row: Row[Any], turns: Sequence[Turn]) -> Episode:
+    return Episode(
+        id=row.id,
+        policy=row.policy,
+        version=row.version,
+        task_key=row.task_key,
+        started_at=row.started_at,
+        tenant=row.tenant,
+        agent=row.agent,
+        purpose=row.purpose,
+        temperature=row.temperature,
+        turns=tuple(turns),
+        stop_reason=row.stop_reason,
+        ended_at=row.ended_at,
+        metadata=row.labels,
+    )
+
+
+def _turn(row: Row[Any], before: Turn | None) -> Turn:
+    prompt = unpack_ids(row.prompt_ids)
+    if row.extends and before is not None:
+        prompt = (*before.prompt_ids, *before.token_ids, *prompt)
+    return Turn(
+        index=row._mapping["index"],  # `row.index` is a tuple's method
+        prompt_ids=prompt,
+        token_ids=unpack_ids(row.token_ids),
+        logprobs=None if row.logprobs is None else unpack_logprobs(row.logprobs),
+        text=row.text,
+        stop_reason=row.stop_reason,
+        tool_calls=tuple(ToolCall(**call) for call in row.tool_calls),
+        fault=row.fault,
+        started_at=row.started_at,
+        seconds=row.seconds,
+    )
+
+
+def _summary(row: Row[Any], feedback: Mapping[str, float]) -> EpisodeSummary:
+    return EpisodeSummary(
+        id=row.id,
+        tenant=row.tenant,
+        policy=row.policy,
+        version=row.version,
+        agent=row.agent,
+        task_key=row.task_key,
+        purpose=row.purpose,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        stop_reason=row.stop_reason,
+        n_turns=row.n_turns,
+        n_tokens=row.n_tokens,
+        feedback=feedback,
+    )

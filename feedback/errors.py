@@ -1,0 +1,39 @@
+"""What the record refuses, as one tree.
+
+Malformed values (a reward that is not a number, token ids and log-probabilities of different
+lengths) are plain ValueErrors: the caller broke a type's contract, not the record's state.
+"""
+
+from __future__ import annotations
+
+
+class RecordError(Exception):
+    """The record cannot do what was asked.
+
+    RecordError
+    ├── EpisodeMissing   no such episode
+    ├── EpisodeExists    an episode of this id was begun before
+    ├── EpisodeEnded     the episode is over and takes no more turns
+    ├── TurnOutOfOrder   a turn's index is not the next one
+    └── LeaseLost        another trainer holds this claim, or it is over
+    """
+
+
+class EpisodeMissing(RecordError):
+    pass
+
+
+class EpisodeExists(RecordError):
+    pass
+
+
+class EpisodeEnded(RecordError):
+    pass
+
+
+class TurnOutOfOrder(RecordError):
+    pass
+
+
+class LeaseLost(RecordError):
+    pass

@@ -1,0 +1,177 @@
+"""Feedback events in the database: append-only, each (tenant, source, event id) once, for ever.
+
+Events may name an episode that does not exist yet: they are stored, called parked, and count once
+it appears. What they are worth is `feedback.reward`'s to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import Connection, Row, insert, select, tuple_, update
+
+from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM
+from feedback.types import FeedbackEvent
+
+_T = TypeVar("_T")
+_Key = tuple[str, str, str]
+_KEYS = 200
+"""Most keys in one IN list: three parameters each."""
+_ENDED = ("pending", "ready")
+"""States of a training item whose reward an event may still change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of one event."""
+
+    event_id: str
+    status: Literal["recorded", "duplicate", "conflict"]
+    """duplicate: known, with equal content; conflict: known with other content, which stands."""
+    parked: bool
+    """Its episode does not exist yet."""
+
+
+def check(event: FeedbackEvent) -> None:
+    """Raise ValueError for an event that cannot be recorded."""
+    for name in ("event_id", "source", "episode_id", "metric", "tenant"):
+        value = getattr(event, name)
+        if not 1 <= len(value) <= ID_LENGTH:
+            raise ValueError(
+                f"feedback {name} has {len(value)} characters; expected 1 to {ID_LENGTH}"
+            )
+        _check_text(name, value)
+    if event.comment is not None:
+        _check_text("comment", event.comment)
+    for name in ("value", "event_time", "received_at"):
+        number = getattr(event, name)
+        if number is not None and not math.isfinite(number):
+            raise ValueError(
+                f"feedback {name} is {number!r} for metric {event.metric!r}; "
+                "expected a finite number"
+            )
+
+
+def add(connection: Connection, events: Sequence[FeedbackEvent]) -> list[Receipt]:
+    """Record events; one receipt each, in order. ValueError (and nothing written) if one is bad."""
+    for event in events:
+        check(event)
+    known = _known(connection, [_key(event) for event in events])
+    existing = _existing(connection, [event.episode_id for event in events])
+    fresh: list[FeedbackEvent] = []
+    receipts: list[Receipt] = []
+    for event in events:
+        before = known.get(_key(event))
+        parked = existing.get(event.episode_id) != event.tenant
+        if before is None:
+            known[_key(event)] = event
+            fresh.append(event)
+            receipts.append(Receipt(event.event_id, "recorded", parked))
+        else:
+            status: Literal["duplicate", "conflict"]
+            status = "duplicate" if _same(before, event) else "conflict"
+            receipts.append(Receipt(event.event_id, status, parked))
+    if fresh:
+        connection.execute(insert(FEEDBACK), [_values(event) for event in fresh])
+        here = {e.episode_id for e in fresh if existing.get(e.episode_id) == e.tenant}
+        _touch(connection, sorted(here))
+    return receipts
+
+
+def of_episodes(
+    connection: Connection, keys: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], list[FeedbackEvent]]:
+    """Events by (tenant, episode id), in order of arrival."""
+    found: dict[tuple[str, str], list[FeedbackEvent]] = {}
+    column = tuple_(FEEDBACK.c.tenant, FEEDBACK.c.episode_id)
+    for some in _chunks(keys):
+        query = select(FEEDBACK).where(column.in_(some)).order_by(FEEDBACK.c.id)
+        for row in connection.execute(query):
+            found.setdefault((row.tenant, row.episode_id), []).append(_event(row))
+    return found
+
+
+def _known(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, FeedbackEvent]:
+    found: dict[_Key, FeedbackEvent] = {}
+    column = tuple_(FEEDBACK.c.tenant, FEEDBACK.c.source, FEEDBACK.c.event_id)
+    for some in _chunks(keys):
+        for row in connection.execute(select(FEEDBACK).where(column.in_(some))):
+            event = _event(row)
+            found[_key(event)] = event
+    return found
+
+
+def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
+    """Tenant of each episode that exists."""
+    found: dict[str, str] = {}
+    for some in _chunks(sorted(set(ids))):
+        query = select(EPISODE.c.id, EPISODE.c.tenant).where(EPISODE.c.id.in_(some))
+        found |= {row.id: row.tenant for row in connection.execute(query)}
+    return found
+
+
+def _touch(connection: Connection, ids: Sequence[str]) -> None:
+    """Have these episodes' rewards worked out again; those in a run keep what it began with."""
+    for some in _chunks(ids):
+        connection.execute(
+            update(ITEM).where(ITEM.c.episode_id.in_(some), ITEM.c.state.in_(_ENDED)),
+            {"state": "touched"},
+        )
+
+
+def _same(before: FeedbackEvent, now: FeedbackEvent) -> bool:
+    """Equal content. A sender that states no time of its own gets the time of arrival, which
+    differs between retries: such times are not compared."""
+    timeless = all(event.event_time == event.received_at for event in (before, now))
+    return (
+        (before.episode_id, before.metric, before.value, before.turn, before.comment)
+        == (now.episode_id, now.metric, now.value, now.turn, now.comment)
+    ) and (timeless or before.event_time == now.event_time)
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"feedback {name} is {value[:40]!r}; expected valid Unicode") from error
+
+
+def _key(event: FeedbackEvent) -> _Key:
+    return event.tenant, event.source, event.event_id
+
+
+def _chunks(items: Sequence[_T]) -> Iterable[Sequence[_T]]:
+    return (items[start : start + _KEYS] for start in range(0, len(items), _KEYS))
+
+
+def _values(event: FeedbackEvent) -> dict[str, Any]:
+    return {
+        "tenant": event.tenant,
+        "source": event.source,
+        "event_id": event.event_id,
+        "episode_id": event.episode_id,
+        "metric": event.metric,
+        "value": event.value,
+        "turn": event.turn,
+        "comment": event.comment,
+        "event_time": event.event_time,
+        "received_at": event.received_at,
+    }
+
+
+def _event(row: Row[Any]) -> FeedbackEvent:
+    return FeedbackEvent(
+        event_id=row.event_id,
+        source=row.source,
+        episode_id=row.episode_id,
+        metric=row.metric,
+        value=row.value,
+        event_time=row.event_time,
+        received_at=row.received_at,
+        tenant=row.tenant,
+        turn=row.turn,
+        comment=row.comment,
+    )

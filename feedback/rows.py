@@ -1,0 +1,174 @@
+"""The database's tables, as SQLModel classes.
+
+Rows are neither the domain's types (`feedback.types`) nor anybody's wire shapes: conversions stand
+beside the SQL that needs them. Schema changes go through `feedback/migrations`; a test compares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, Column, Index, LargeBinary, Table, Text, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+ID_LENGTH = 200
+"""Longest id, name or key that is stored, in characters."""
+
+
+class EpisodeRow(SQLModel, table=True):
+    """One episode. `context_*` describe its ids so far: a turn may be stored as their suffix."""
+
+    __tablename__ = "episode"
+    __table_args__ = (
+        Index("ix_episode_tenant_started", "tenant", "started_at", "id"),
+        Index("ix_episode_tenant_policy_started", "tenant", "policy", "started_at", "id"),
+        Index("ix_episode_stop_reason", "stop_reason"),
+    )
+
+    id: str = Field(primary_key=True, max_length=ID_LENGTH)
+    tenant: str = Field(max_length=ID_LENGTH)
+    policy: str = Field(max_length=ID_LENGTH)
+    version: int
+    agent: str | None = Field(default=None, max_length=ID_LENGTH)
+    task_key: str = Field(sa_column=Column(Text, nullable=False))
+    purpose: str = Field(max_length=20)
+    temperature: float
+    started_at: float
+    ended_at: float | None = None
+    stop_reason: str | None = Field(default=None, max_length=40)
+    n_turns: int = 0
+    n_tokens: int = 0
+    """Sampled tokens over all turns."""
+    has_logprobs: bool = True
+    """False once a turn came without log-probabilities."""
+    context_length: int = 0
+    """Prompt and sampled ids of the last turn."""
+    context_digest: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
+    """Digest of those ids, packed."""
+    labels: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    """`Episode.metadata`: that name is taken in a SQLModel class."""
+
+
+class TurnRow(SQLModel, table=True):
+    """One turn. Ids are uint32, log-probabilities float32, little-endian, packed."""
+
+    __tablename__ = "turn"
+
+    episode_id: str = Field(primary_key=True, foreign_key="episode.id", max_length=ID_LENGTH)
+    index: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    extends: bool
+    """Whether `prompt_ids` is what follows the turn before, or the whole prompt."""
+    prompt_ids: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    token_ids: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    logprobs: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
+    text: str = Field(sa_column=Column(Text, nullable=False))
+    stop_reason: str = Field(max_length=40)
+    tool_calls: list[dict[str, Any]] = Field(
+        default_factory=list, sa_column=Column(JSON, nullable=False)
+    )
+    fault: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    started_at: float
+    seconds: float
+
+
+class FeedbackRow(SQLModel, table=True):
+    """One feedback event. No foreign key: feedback may come before its episode."""
+
+    __tablename__ = "feedback"
+    __table_args__ = (
+        UniqueConstraint("tenant", "source", "event_id", name="uq_feedback_event"),
+        Index("ix_feedback_episode", "tenant", "episode_id"),
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    tenant: str = Field(max_length=ID_LENGTH)
+    source: str = Field(max_length=ID_LENGTH)
+    event_id: str = Field(max_length=ID_LENGTH)
+    episode_id: str = Field(max_length=ID_LENGTH)
+    metric: str = Field(max_length=ID_LENGTH)
+    value: float | None = None
+    turn: int | None = None
+    comment: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    event_time: float
+    received_at: float
+
+
+class TrainingItemRow(SQLModel, table=True):
+    """Where one episode stands on its way through training.
+
+    The primary key is the guarantee that none is trained on twice: one row, in one state, held by
+    at most one run. States: running, touched (its reward must be worked out again), pending (no
+    reward yet), ready, claimed, trained, dropped. Evaluation episodes have no row.
+    """
+
+    __tablename__ = "training_item"
+    __table_args__ = (
+        Index(
+            "ix_training_item_state", "policy", "state", "version", "matures_at", "waiting_since"
+        ),
+        Index("ix_training_item_run", "run_id"),
+    )
+
+    episode_id: str = Field(primary_key=True, foreign_key="episode.id", max_length=ID_LENGTH)
+    policy: str = Field(max_length=ID_LENGTH)
+    version: int
+    state: str = Field(max_length=20)
+    ended_at: float | None = None
+    reward: float | None = None
+    matures_at: float | None = None
+    waiting_since: float | None = None
+    """When it matured or its last outcome arrived, whichever was later."""
+    drop_reason: str | None = Field(default=None, max_length=40)
+    run_id: int | None = Field(default=None, foreign_key="training_run.id")
+
+
+class TrainingLineRow(SQLModel, table=True):
+    """One adapter line. Claims lock this row, and it counts what was dropped."""
+
+    __tablename__ = "training_line"
+
+    policy: str = Field(primary_key=True, max_length=ID_LENGTH)
+    reward_digest: str = Field(default="", max_length=64)
+    """Which reward spec the stored rewards were worked out with."""
+    fence: int = 0
+    """The highest fencing token given out."""
+    dropped: dict[str, int] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    """Episodes by reason, ever."""
+    dropped_since: dict[str, int] = Field(
+        default_factory=dict, sa_column=Column(JSON, nullable=False)
+    )
+    """Those since the last claim, which the next one reports."""
+
+
+class TrainingRunRow(SQLModel, table=True):
+    """One claim on a batch and what came of it. Active until `finished_at` is set."""
+
+    __tablename__ = "training_run"
+    __table_args__ = (Index("ix_training_run_policy", "policy", "finished_at"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    policy: str = Field(max_length=ID_LENGTH)
+    owner: str = Field(max_length=ID_LENGTH)
+    fence: int
+    lease_expires_at: float
+    state: str = Field(max_length=40)
+    live_version: int
+    version: int | None = None
+    n_episodes: int
+    dropped: dict[str, int] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    figures: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    reason: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    started_at: float
+    finished_at: float | None = None
+
+
+def _table(name: str) -> Table:
+    return SQLModel.metadata.tables[name]
+
+
+EPISODE = _table("episode")
+TURN = _table("turn")
+FEEDBACK = _table("feedback")
+ITEM = _table("training_item")
+LINE = _table("training_line")
+RUN = _table("training_run")

@@ -1,0 +1,181 @@
+"""The durable record, as one object: each method is one committed transaction.
+
+A thin face over `feedback.episodes`, `feedback.events`, `feedback.readiness` and `feedback.claims`,
+which hold the SQL. Calls block on the disk: in asyncio use `feedback.log`, or a thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlmodel import Session
+
+from feedback import claims, episodes, events
+from feedback import readiness as ready
+from feedback.database import open_database, writing
+from feedback.episodes import EpisodeSummary
+from feedback.events import Receipt
+from feedback.spec import LearningSpec
+from feedback.training import Claim, Readiness, RewardedEpisode, TrainingRun
+from feedback.types import Episode, FeedbackEvent, Purpose, Turn
+
+
+class Store:
+    """Episodes, feedback and training claims. Safe for many threads and many processes."""
+
+    def __init__(self, database: Engine) -> None:
+        self.database = database
+        self._writing = writing(database)
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open the database at an SQLAlchemy URL, made and migrated as need be."""
+        return cls(open_database(url))
+
+    def close(self) -> None:
+        self.database.dispose()
+
+    # The log
+
+    def begin(self, episode: Episode) -> None:
+        """Record that an episode began; raises EpisodeExists."""
+        with self._writing.begin() as connection:
+            episodes.begin(connection, episode)
+
+    def append_turn(self, episode_id: str, turn: Turn) -> None:
+        """Record the next turn; raises EpisodeMissing, EpisodeEnded or TurnOutOfOrder."""
+        with self._writing.begin() as connection:
+            episodes.append_turn(connection, episode_id, turn)
+
+    def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
+        """Record that an episode is over; raises EpisodeMissing or EpisodeEnded."""
+        with self._writing.begin() as connection:
+            episodes.end(connection, episode_id, stop_reason, ended_at)
+
+    def interrupt_running(self, *, now: float | None = None) -> int:
+        """End what a killed server left running as 'interrupted'; returns how many there were."""
+        with self._writing.begin() as connection:
+            return episodes.interrupt_running(connection, _or_now(now))
+
+    def episode(self, id: str, tenant: str = "default") -> Episode | None:
+        """One episode with its turns."""
+        with self.database.connect() as connection:
+            found = episodes.load(connection, [id], tenant)
+        return found[0] if found else None
+
+    def episodes(
+        self,
+        *,
+        tenant: str = "default",
+        policy: str | None = None,
+        agent: str | None = None,
+        purpose: Purpose | None = None,
+        version: int | None = None,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[EpisodeSummary]:
+        """Newest first. `before` is the last id of the page before; EpisodeMissing if unknown."""
+        equal = {"policy": policy, "agent": agent, "purpose": purpose, "version": version}
+        with self.database.connect() as connection:
+            return episodes.summaries(
+                connection, tenant=tenant, equal=equal, limit=limit, before=before
+            )
+
+    # Feedback
+
+    def add_feedback(self, events_: Sequence[FeedbackEvent]) -> list[Receipt]:
+        """Record events, all or (ValueError) none; they are on disk when this returns."""
+        with self._writing.begin() as connection:
+            return events.add(connection, events_)
+
+    def feedback(self, episode_id: str, tenant: str = "default") -> list[FeedbackEvent]:
+        """What was said of an episode, in order of arrival; also before it exists."""
+        key = (tenant, episode_id)
+        with self.database.connect() as connection:
+            return events.of_episodes(connection, [key]).get(key, [])
+
+    # Training
+
+    def readiness(
+        self, spec: LearningSpec, *, live_version: int, now: float | None = None
+    ) -> Readiness:
+        """Why training is, or is not, under way."""
+        self._settle(spec)
+        with self.database.connect() as connection:
+            return ready.readiness(connection, spec, live_version=live_version, now=_or_now(now))
+
+    def claim(
+        self,
+        spec: LearningSpec,
+        *,
+        live_version: int,
+        owner: str,
+        lease_seconds: float,
+        now: float | None = None,
+    ) -> Claim | None:
+        """A batch to train on: an unfinished one first, else a new one if training is triggered."""
+        self._settle(spec)
+        with self._writing.begin() as connection:
+            grant = claims.grant(
+                connection,
+                spec,
+                live_version=live_version,
+                owner=owner,
+                lease_seconds=lease_seconds,
+                now=_or_now(now),
+            )
+        if grant is None:
+            return None
+        with self.database.connect() as connection:
+            loaded = episodes.load(connection, list(grant.rewards))
+        rewarded = tuple(RewardedEpisode(episode, grant.rewards[episode.id]) for episode in loaded)
+        return Claim(grant.id, grant.fence, spec.policy, rewarded, grant.dropped, grant.resumed)
+
+    def renew(self, claim: Claim, *, lease_seconds: float, now: float | None = None) -> None:
+        """Keep the lease; raises LeaseLost."""
+        with self._writing.begin() as connection:
+            claims.renew(connection, claim, lease_seconds=lease_seconds, now=_or_now(now))
+
+    def update_run(self, claim: Claim, state: str, figures: Mapping[str, Any]) -> None:
+        """Show a run's progress; raises LeaseLost."""
+        with self._writing.begin() as connection:
+            claims.report(connection, claim, state, figures)
+
+    def finish(
+        self,
+        claim: Claim,
+        *,
+        version: int | None,
+        figures: Mapping[str, Any],
+        also: Callable[[Session], None] | None = None,
+        now: float | None = None,
+    ) -> None:
+        """Consume the batch and do what `also` writes, in one transaction; raises LeaseLost."""
+        with self._writing.begin() as connection:
+            claims.finish(
+                connection, claim, version=version, figures=figures, also=also, now=_or_now(now)
+            )
+
+    def abandon(self, claim: Claim, reason: str, *, now: float | None = None) -> None:
+        """Give the batch back; raises LeaseLost."""
+        with self._writing.begin() as connection:
+            claims.abandon(connection, claim, reason, _or_now(now))
+
+    def training_runs(self, policy: str | None = None, limit: int = 20) -> list[TrainingRun]:
+        """Newest first."""
+        with self.database.connect() as connection:
+            return claims.runs(connection, policy, limit)
+
+    def _settle(self, spec: LearningSpec) -> None:
+        with self.database.connect() as connection:
+            more = ready.unsettled(connection, spec)
+        while more:
+            with self._writing.begin() as connection:
+                more = ready.settle(connection, spec)
+
+
+def _or_now(now: float | None) -> float:
+    return time.time() if now is None else now
