@@ -1,0 +1,76 @@
+"""`python -m trainer`: the trainer's own process, wired from settings.
+
+The one place of this room that constructs stores, registries and models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+
+import torch
+
+from feedback.spec import LearningSpec
+from feedback.store import Store
+from policy.base_model import resolve_base_model
+from policy.registry import Registry
+from policy.releases import Releases
+from trainer.checkpoint import Checkpoints
+from trainer.gate import FiniteWeights, Gate, HeldOut, Moved, Parity
+from trainer.model import LoraModel
+from trainer.progress import log_to_stderr, logger
+from trainer.settings import TrainerSettings, load_specs
+from trainer.stop import Stop
+from trainer.train import Trainer
+
+
+def build(settings: TrainerSettings, stop: Stop) -> Trainer:
+    """Everything that `settings` name, opened and loaded."""
+    section = settings.trainer
+    torch.set_num_threads(section.threads)
+    base = resolve_base_model(settings.model.path)
+    store = Store.open(settings.storage.database)
+    releases = Releases(store.database)
+    gate = Gate(
+        [
+            FiniteWeights(),
+            Moved(),
+            Parity(releases, stop, seconds=section.gate_seconds),
+            HeldOut(section.base_url, stop, seconds=section.gate_seconds, seed=section.seed),
+        ]
+    )
+    return Trainer(
+        store=store,
+        releases=releases,
+        registry=Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank),
+        checkpoints=Checkpoints(section.checkpoints),
+        model=LoraModel(base.path, device=section.device, dtype=settings.model.dtype),
+        gate=gate,
+        settings=section,
+        stop=stop,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="trainer", description="Train adapters from outcomes.")
+    parser.add_argument("--once", action="store_true", help="end when nothing is left to do")
+    parser.add_argument("--config", help="TOML file of settings (default: hone.toml)")
+    arguments = parser.parse_args()
+    if arguments.config is not None:
+        os.environ["HONE_CONFIG"] = arguments.config
+    stop = Stop()
+    stop.listen()
+    log_to_stderr()
+    settings = TrainerSettings()
+
+    def specs() -> Mapping[str, LearningSpec]:
+        return load_specs(settings.agents)
+
+    trainer = build(settings, stop)
+    logger.info("watching %s", ", ".join(specs()) or f"no agents in {settings.agents}")
+    trainer.run(specs, once=arguments.once)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""LOOP: leave-one-out PPO (arXiv 2502.01600), per token.
+
+No critic, no reference copy, no division by a standard deviation. The functions are pure; which
+episodes form a group, and what a group of one is compared with, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.algorithms import Loss, TokenBatch
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """A_k = R_k - mean_{j != k} R_j = K / (K - 1) (R_k - mean R), [K] -> [K] (section 4.1)."""
+    k = rewards.numel()
+    if k < 2:
+        raise ValueError(
+            f"leave-one-out needs at least 2 episodes of a task, got {k}; "
+            "use the tracked baseline for a group of one"
+        )
+    return (rewards - rewards.mean()) * (k / (k - 1))
+
+
+def clipped_objective(
+    logprobs: Tensor, tokens: TokenBatch, *, clip_low: float, clip_high: float
+) -> Loss:
+    """-sum_t scale_t w_t min(r_t A_t, clip(r_t) A_t), r_t = exp(logprobs_t - proximal_t).
+
+    clip(r) is to [1 / (1 + clip_low), 1 + clip_high], as in the reference code. For A > 0 the
+    gradient ends above the upper edge, for A < 0 below the lower one; nothing else is clipped.
+    """
+    ratio = torch.exp(logprobs - tokens.proximal)
+    bounded = ratio.clamp(1 / (1 + clip_low), 1 + clip_high)
+    plain, clipped = ratio * tokens.advantages, bounded * tokens.advantages
+    objective = torch.minimum(plain, clipped)
+    value = -(tokens.scale * tokens.importance * objective).sum()
+    return Loss(value, (clipped < plain).detach())
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """LOOP behind the `Algorithm` protocol."""
+
+    clip_low: float
+    clip_high: float
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        return leave_one_out(rewards)
+
+    def loss(self, logprobs: Tensor, tokens: TokenBatch) -> Loss:
+        return clipped_objective(logprobs, tokens, clip_low=self.clip_low, clip_high=self.clip_high)

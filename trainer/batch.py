@@ -1,0 +1,168 @@
+"""Credited episodes to tensors: the logged ids as they were sampled, never text.
+
+Turns that extend one another are one row, in which only sampled tokens are trained; a turn that
+does not extend any row begins its own. Rows of like length share a microbatch under a token budget.
+Advantages come in from `grouping`; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from feedback.types import Turn
+from trainer.grouping import Credited
+
+
+@dataclass(slots=True)
+class Row:
+    """One token sequence as the policy saw it, with the positions that it sampled itself."""
+
+    token_ids: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    """Index into `token_ids` of each sampled token, ascending, never 0."""
+    logprobs: list[float] = field(default_factory=list)
+    """The behaviour policy's log-probability of each of them."""
+    proximal: list[float] | None = None
+    """The same under the version that training starts from; None where that is the behaviour."""
+
+    def extended_by(self, prompt_ids: Sequence[int]) -> bool:
+        length = len(self.token_ids)
+        return len(prompt_ids) >= length and list(prompt_ids[:length]) == self.token_ids
+
+    def append(self, turn: Turn) -> None:
+        """Take in a turn whose prompt starts with this row."""
+        if not turn.prompt_ids or turn.logprobs is None:
+            raise ValueError(
+                f"turn {turn.index} has {len(turn.prompt_ids)} prompt ids and "
+                f"{'no ' if turn.logprobs is None else ''}logprobs; expected both, as sampled"
+            )
+        if len(turn.logprobs) != len(turn.token_ids):
+            raise ValueError(
+                f"turn {turn.index} has {len(turn.token_ids)} sampled ids but "
+                f"{len(turn.logprobs)} logprobs; expected one each"
+            )
+        self.token_ids.extend(turn.prompt_ids[len(self.token_ids) :])
+        start = len(self.token_ids)
+        self.token_ids.extend(turn.token_ids)
+        self.trained.extend(range(start, len(self.token_ids)))
+        self.logprobs.extend(turn.logprobs)
+
+
+def rows_of(turns: Sequence[Turn]) -> tuple[Row, ...]:
+    """The fewest rows in which each sampled token is trained once, under the prompt it had."""
+    rows: list[Row] = []
+    for turn in turns:
+        if not turn.token_ids:
+            continue
+        extended = [row for row in rows if row.extended_by(turn.prompt_ids)]
+        if extended:
+            row = max(extended, key=lambda row: len(row.token_ids))
+        else:
+            row = Row()
+            rows.append(row)
+        row.append(turn)
+    return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One episode, ready to train on."""
+
+    rows: tuple[Row, ...]
+    advantage: float
+    temperature: float
+    stale: bool
+    """Sampled by another version than the one that training starts from."""
+
+    @property
+    def n_trained(self) -> int:
+        """|a|: tokens that the policy sampled."""
+        return sum(len(row.trained) for row in self.rows)
+
+
+def sample_of(credited: Credited, *, live_version: int) -> Sample:
+    episode = credited.episode
+    return Sample(
+        rows=rows_of(episode.turns),
+        advantage=credited.advantage,
+        temperature=episode.temperature,
+        stale=episode.version != live_version,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """What goes through the model at once: B rows of T tokens, N trained positions among them.
+
+    Rows are padded on the right: under causal attention no real token sees the padding, so that no
+    attention mask is needed.
+    """
+
+    rows: tuple[Row, ...]
+    """The rows, in the order of `input_ids`; trained tokens are in the same order."""
+    input_ids: Tensor
+    """Int64 [B, T], without each row's last token, which nothing is predicted from."""
+    row: Tensor
+    """Int64 [N]: the row of each trained token."""
+    context: Tensor
+    """Int64 [N]: the position whose hidden state predicts it."""
+    targets: Tensor
+    """Int64 [N]: the sampled ids."""
+    behaviour: Tensor
+    """Float [N]: their log-probabilities when sampled."""
+    proximal: Tensor
+    """Float [N]: their log-probabilities when training starts."""
+    temperature: Tensor
+    """Float [N]."""
+    advantages: Tensor
+    """Float [N]."""
+    scale: Tensor
+    """Float [N]: 1 / |a| of the token's episode."""
+    episode: Tensor
+    """Int64 [N]: index of the sample among those that `microbatches` was given."""
+
+
+def microbatches(samples: Sequence[Sample], *, token_budget: int) -> Iterator[Microbatch]:
+    """All rows of `samples`, longest first, at most `token_budget` padded tokens at once.
+
+    A row longer than the budget goes alone.
+    """
+    rows = [(row, index) for index, sample in enumerate(samples) for row in sample.rows]
+    rows.sort(key=lambda pair: -len(pair[0].token_ids))
+    start = 0
+    while start < len(rows):
+        width = len(rows[start][0].token_ids)
+        count = max(1, token_budget // width)
+        yield _collate(rows[start : start + count], samples)
+        start += count
+
+
+def _collate(rows: Sequence[tuple[Row, int]], samples: Sequence[Sample]) -> Microbatch:
+    width = max(len(row.token_ids) for row, _ in rows) - 1
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for number, (row, _) in enumerate(rows):
+        input_ids[number, : len(row.token_ids) - 1] = torch.tensor(row.token_ids[:-1])
+    counts = torch.tensor([len(row.trained) for row, _ in rows])
+    trained = torch.tensor([position for row, _ in rows for position in row.trained])
+    owners = [samples[index] for _, index in rows]
+
+    def per_token(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+
+    return Microbatch(
+        rows=tuple(row for row, _ in rows),
+        input_ids=input_ids,
+        row=torch.arange(len(rows)).repeat_interleave(counts),
+        context=trained - 1,
+        targets=torch.tensor([row.token_ids[p] for row, _ in rows for p in row.trained]),
+        behaviour=torch.tensor([value for row, _ in rows for value in row.logprobs]),
+        proximal=torch.tensor([value for row, _ in rows for value in row.proximal or row.logprobs]),
+        temperature=per_token([owner.temperature for owner in owners]),
+        advantages=per_token([owner.advantage for owner in owners]),
+        scale=per_token([1 / owner.n_trained for owner in owners]),
+        episode=torch.tensor([index for _, index in rows]).repeat_interleave(counts),
+    )

@@ -1,0 +1,89 @@
+"""What training needs beside the adapter to go on from a version: one folder a published version.
+
+The adapter's own weights are the registry's, which never change; here are the optimizer's moments,
+the tracked baseline and the seed. Written aside, fsynced and renamed, so that a folder that has its
+name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from policy.types import AdapterRef
+from trainer.baseline import Baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state of training just after a version was made."""
+
+    ref: AdapterRef
+    adapter_digest: str
+    """Of the published adapter that this belongs to."""
+    optimizer: dict[str, Any]
+    """AdamW's `state_dict`."""
+    baseline: Baseline
+    seed: int
+    """All randomness of the update that made it."""
+
+
+class Checkpoints:
+    """Checkpoints of all policies under one folder, `<root>/<policy>/vN/`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write one, durably. A version's checkpoint is written once."""
+        final = self._folder(checkpoint.ref)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = final.with_name(f".{final.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        torch.save(checkpoint.optimizer, aside / "optimizer.pt")
+        state = {
+            "adapter_digest": checkpoint.adapter_digest,
+            "seed": checkpoint.seed,
+            "baseline": checkpoint.baseline.to_json(),
+        }
+        (aside / "state.json").write_text(json.dumps(state))
+        for path in (aside / "optimizer.pt", aside / "state.json", aside):
+            _sync(path)
+        aside.rename(final)
+        _sync(final.parent)
+        return final
+
+    def load(self, ref: AdapterRef) -> Checkpoint | None:
+        """The checkpoint of a version, or None: it may have been made elsewhere, or pruned."""
+        folder = self._folder(ref)
+        if not folder.is_dir():
+            return None
+        state = json.loads((folder / "state.json").read_text())
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        baseline = Baseline.from_json(state["baseline"])
+        return Checkpoint(ref, state["adapter_digest"], optimizer, baseline, state["seed"])
+
+    def prune(self, policy: str, *, keep: set[int], newest: int = 8) -> None:
+        """Delete all but the `newest` and the versions in `keep`, such as the live one."""
+        folders = sorted((self._root / policy).glob("v*"), key=lambda path: int(path.name[1:]))
+        for folder in folders[:-newest]:
+            if int(folder.name[1:]) not in keep:
+                shutil.rmtree(folder)
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        return self._root / ref.policy / f"v{ref.version}"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,218 @@
+"""One update: samples in, a changed adapter and its figures out.
+
+Owns minibatches, optimizer steps and the reasons to end early. Which loss, which model and which
+episodes are given; publishing and judging the result is done elsewhere.
+
+The ratio is taken against the *proximal* policy: the version that training starts from. For
+episodes that it sampled itself, its log-probabilities are the logged ones; for stale episodes they
+are computed once before the first step, and each token weighs min(2, p_proximal / p_behaviour)
+(truncated importance sampling). The same holds for any number of epochs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from feedback.spec import TrainingSpec
+from trainer.algorithms import Algorithm, Loss, TokenBatch
+from trainer.batch import Microbatch, Sample, microbatches
+from trainer.model import LoraModel
+
+IMPORTANCE_CAP = 2.0
+
+
+class UpdateDiverged(Exception):
+    """The loss or its gradient is not finite: the update ends and must not be published."""
+
+
+class OnProgress(Protocol):
+    """Called after each microbatch; may raise to abandon the update."""
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, float]) -> None: ...
+
+
+@dataclass(slots=True)
+class Figures:
+    """Running sums over the trained tokens of an update; `summary` says what they mean."""
+
+    tokens: int = 0
+    steps: int = 0
+    grad_norm: float = 0.0
+    kl_max: float = 0.0
+    stopped_by_kl: bool = False
+    engine_gap: float = 0.0
+    ratio_max: float = 0.0
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped"), 0.0)
+    )
+
+    def add(self, loss: Loss, entropy: Tensor, log_ratio: Tensor, divergence: Tensor) -> None:
+        """Take in a microbatch; all but the loss are [N]."""
+        ratio = log_ratio.exp()
+        self.tokens += len(ratio)
+        self.sums["loss"] += float(loss.value)
+        self.sums["kl"] += float(divergence.sum())
+        self.sums["entropy"] += float(entropy.sum())
+        self.sums["ratio"] += float(ratio.sum())
+        self.sums["clipped"] += float(loss.clipped.sum())
+        self.ratio_max = max(self.ratio_max, float(ratio.max()))
+        if self.steps == 0:
+            # Nothing has moved yet: what differs is the engine from this model.
+            self.engine_gap = max(self.engine_gap, float(log_ratio.abs().max()))
+
+    def summary(self) -> dict[str, float]:
+        tokens = max(1, self.tokens)
+        return {
+            "loss": self.sums["loss"] / max(1, self.steps),
+            "kl": self.sums["kl"] / tokens,
+            "kl_max": self.kl_max,
+            "entropy": self.sums["entropy"] / tokens,
+            "ratio_mean": self.sums["ratio"] / tokens,
+            "ratio_max": self.ratio_max,
+            "clip_fraction": self.sums["clipped"] / tokens,
+            "grad_norm": self.grad_norm / max(1, self.steps),
+            "engine_gap": self.engine_gap,
+            "stopped_by_kl": float(self.stopped_by_kl),
+            "steps": float(self.steps),
+            "trained_tokens": float(self.tokens),
+        }
+
+
+def new_optimizer(
+    model: LoraModel, learning_rate: float, state: dict[str, Any] | None
+) -> torch.optim.AdamW:
+    """AdamW as LOOP uses it, with the moments of an earlier update where there are any."""
+    weights = [parameter for _, parameter in model.parameters]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    if state is not None:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    return optimizer
+
+
+def update(
+    model: LoraModel,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Sample],
+    spec: TrainingSpec,
+    algorithm: Algorithm,
+    *,
+    seed: int,
+    token_budget: int,
+    on_progress: OnProgress,
+) -> dict[str, float]:
+    """Train the attached adapter on `samples`; returns the figures of `Figures.summary`.
+
+    The same samples, weights, optimizer state and seed give the same result. Raises UpdateDiverged,
+    or whatever `on_progress` raises; the adapter is then half-trained and must be thrown away.
+    """
+    began = time.perf_counter()
+    work = _Work(model, algorithm, token_budget, on_progress)
+    fed = sum(len(row.token_ids) for sample in samples for row in sample.rows)
+    stale = [sample for sample in samples if sample.stale]
+    stale_tokens = sum(len(row.token_ids) for sample in stale for row in sample.rows)
+    work.total = fed * spec.epochs + stale_tokens
+    work.set_proximal(stale)
+    for minibatch in _minibatches(samples, spec, random.Random(seed)):  # noqa: S311 - not a secret
+        optimizer.zero_grad(set_to_none=True)
+        divergence = work.accumulate(minibatch, spec.minibatch_episodes)
+        if divergence > spec.kl_stop:
+            work.figures.stopped_by_kl = True
+            break
+        _step(optimizer, spec.max_grad_norm, work.figures)
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    speed = {"seconds": seconds, "tokens_per_second": work.done / seconds}
+    return work.figures.summary() | speed
+
+
+@dataclass(slots=True)
+class _Work:
+    """What an update carries from microbatch to microbatch."""
+
+    model: LoraModel
+    algorithm: Algorithm
+    token_budget: int
+    on_progress: OnProgress
+    figures: Figures = field(default_factory=Figures)
+    done: int = 0
+    total: int = 0
+
+    @torch.no_grad()
+    def set_proximal(self, stale: Sequence[Sample]) -> None:
+        """Log-probabilities under the policy as it is now, before any step."""
+        for batch in microbatches(stale, token_budget=self.token_budget):
+            logprobs = self.model.logprobs(batch).logprobs.cpu()
+            counts = [len(row.trained) for row in batch.rows]
+            for row, values in zip(batch.rows, torch.split(logprobs, counts), strict=True):
+                row.proximal = values.tolist()
+            self._progress(batch)
+
+    def accumulate(self, minibatch: Sequence[Sample], size: int) -> float:
+        """Add the minibatch's gradient; returns the largest KL of an episode, nats."""
+        kl = torch.zeros(len(minibatch))
+        for batch in microbatches(minibatch, token_budget=self.token_budget):
+            scored = self.model.logprobs(batch)
+            tokens = _token_batch(batch, size, scored.logprobs.device)
+            loss = self.algorithm.loss(scored.logprobs, tokens)
+            if not torch.isfinite(loss.value):
+                raise UpdateDiverged(
+                    f"the loss is {float(loss.value)} at step {self.figures.steps + 1}; nothing "
+                    "will be published; look for extreme log-probabilities or lower learning_rate"
+                )
+            loss.value.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
+            log_ratio = scored.logprobs.detach() - tokens.proximal
+            # Schulman's k3: unbiased under the proximal policy, and never negative.
+            divergence = log_ratio.exp() - 1 - log_ratio
+            kl.index_add_(0, batch.episode, divergence.cpu())
+            self.figures.add(loss, scored.entropy, log_ratio, divergence)
+            self._progress(batch)
+        largest = float(kl.max())
+        self.figures.kl_max = max(self.figures.kl_max, largest)
+        return largest
+
+    def _progress(self, batch: Microbatch) -> None:
+        self.done += sum(len(row.token_ids) for row in batch.rows)
+        self.on_progress(self.done, self.total, self.figures.summary())
+
+
+def _token_batch(batch: Microbatch, minibatch_size: int, device: torch.device) -> TokenBatch:
+    importance = torch.exp(batch.proximal - batch.behaviour).clamp(max=IMPORTANCE_CAP)
+    return TokenBatch(
+        proximal=batch.proximal.to(device),
+        importance=importance.to(device),
+        advantages=batch.advantages.to(device),
+        scale=(batch.scale / minibatch_size).to(device),
+    )
+
+
+def _minibatches(
+    samples: Sequence[Sample], spec: TrainingSpec, rng: random.Random
+) -> Iterator[list[Sample]]:
+    for _ in range(spec.epochs):
+        order = list(samples)
+        rng.shuffle(order)
+        for start in range(0, len(order), spec.minibatch_episodes):
+            yield order[start : start + spec.minibatch_episodes]
+
+
+def _step(optimizer: torch.optim.Optimizer, max_grad_norm: float, figures: Figures) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm))
+    if not math.isfinite(norm):
+        raise UpdateDiverged(
+            f"the gradient's norm is {norm} at step {figures.steps + 1}; nothing will be "
+            "published; lower learning_rate"
+        )
+    optimizer.step()
+    figures.steps += 1
+    figures.grad_norm += norm

@@ -1,0 +1,35 @@
+"""How the trainer is asked to end: a flag that signals set and long work looks at."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+class Stopped(Exception):
+    """Raised inside the loop when the trainer was asked to end. Nothing half-done is kept."""
+
+
+class Stop:
+    """Set once, by SIGTERM or SIGINT; checked between microbatches and in every wait."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def listen(self) -> None:
+        """Take over SIGTERM and SIGINT of this process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def set(self) -> None:
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise Stopped if asked to end."""
+        if self._event.is_set():
+            raise Stopped
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but raise Stopped as soon as asked to end."""
+        if self._event.wait(seconds):
+            raise Stopped

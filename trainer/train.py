@@ -1,0 +1,286 @@
+"""The training loop. In ten lines, for each adapter line (policy):
+
+    judge(candidates that an earlier run left behind)
+    claim    = store.claim(spec, live version)             # lease and fence; None: not yet
+    credits  = credit(claim.episodes, baseline)            # leave-one-out, or the tracked value
+    adapter  = model.attach(live version's weights)        # never the last candidate's
+    figures  = update(adapter, samples of the credits)     # LOOP; ends early on KL or NaN
+    version  = registry.publish(adapter, probe)            # an immutable folder, no traffic yet
+    checkpoints.save(version, optimizer, baseline)
+    store.finish(claim, also = "version is a candidate")   # one transaction: consumed + candidate
+    verdict  = gate.judge(version)                         # engine parity, held-out tasks
+    releases.promote(version) if verdict.passed else releases.record(version, "rejected")
+
+Killed anywhere before `finish`, the episodes are claimed again and the folder is never named by a
+release; killed after it, the next start judges the candidate. This file only orders the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from feedback.errors import LeaseLost
+from feedback.spec import LearningSpec, TrainingSpec
+from feedback.store import Store
+from feedback.training import Claim
+from policy.registry import AdapterMissing, Registry
+from policy.releases import ReleaseConflict, ReleaseError, Releases
+from policy.types import Adapter, AdapterRef, Probe
+from policy.validation import AdapterInvalid
+from trainer.algorithms import Algorithm
+from trainer.algorithms.loop import Loop
+from trainer.baseline import Baseline
+from trainer.batch import Sample, sample_of
+from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.gate import Gate, Trial
+from trainer.grouping import Credits, credit
+from trainer.learner import UpdateDiverged, new_optimizer, update
+from trainer.model import LoraModel
+from trainer.progress import Heartbeat, logger
+from trainer.settings import TrainerSection
+from trainer.stop import Stop, Stopped
+
+ACTOR = "trainer"
+PROBE_TOKENS = 128
+"""Longest probe: every server start pays for it once a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One update's input."""
+
+    spec: LearningSpec
+    claim: Claim
+    live: AdapterRef
+    """The version that training starts from."""
+    baseline: Baseline
+    credits: Credits
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An update's result, published but unknown to any release yet."""
+
+    adapter: Adapter
+    checkpoint: Checkpoint
+
+
+class Trainer:
+    """All adapter lines of one store, one after the other, on one base model."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        releases: Releases,
+        registry: Registry,
+        checkpoints: Checkpoints,
+        model: LoraModel,
+        gate: Gate,
+        settings: TrainerSection,
+        stop: Stop,
+    ) -> None:
+        self._store = store
+        self._releases = releases
+        self._registry = registry
+        self._checkpoints = checkpoints
+        self._model = model
+        self._gate = gate
+        self._settings = settings
+        self._stop = stop
+
+    def run(self, specs: Callable[[], Mapping[str, LearningSpec]], *, once: bool = False) -> None:
+        """Go over all policies until asked to stop; `once`: until none has work left."""
+        try:
+            while True:
+                worked = [self.advance(spec) for spec in specs().values()]
+                if any(worked):
+                    continue
+                if once:
+                    return
+                self._stop.wait(self._settings.poll_seconds)
+        except Stopped:
+            logger.info("asked to stop; unfinished work is left to the next start")
+
+    def advance(self, spec: LearningSpec) -> bool:
+        """One round for one policy; False if there was nothing to do."""
+        self._stop.check()
+        if not spec.training.enabled:
+            return False
+        self.judge_candidates(spec)
+        live = self._releases.state(spec.policy).live
+        claim = self._store.claim(
+            spec,
+            live_version=live.version,
+            owner=self._settings.owner,
+            lease_seconds=self._settings.lease_seconds,
+        )
+        if claim is None:
+            return False
+        try:
+            self._learn(spec, claim, live)
+        except LeaseLost as error:
+            logger.warning("an update is thrown away: %s", error)
+        except Stopped:
+            self._store.abandon(claim, "the trainer was asked to stop")
+            raise
+        self.judge_candidates(spec)
+        return True
+
+    def judge_candidates(self, spec: LearningSpec) -> None:
+        """Promote or reject whatever this policy has that is published and undecided."""
+        state = self._releases.state(spec.policy)
+        for ref in sorted((*state.candidates, *state.loaded)):
+            self._judge(spec, ref)
+
+    def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
+        baseline = self._baseline(live)
+        credits = credit(claim.episodes, _algorithm(spec.training), baseline)
+        figures = _batch_figures(claim, credits)
+        logger.info("an update of %s begins", live, extra={"figures": figures})
+        self._store.update_run(claim, "training", figures)
+        if not credits.credited:
+            self._store.finish(claim, version=None, figures=figures | {"outcome": "no_signal"})
+            return
+        try:
+            trained = self._train(Job(spec, claim, live, baseline, credits))
+        except (UpdateDiverged, AdapterInvalid) as error:
+            # The same episodes would fail again: they are consumed, and the run says why.
+            logger.error("the update of %s failed: %s", live, error)
+            self._store.finish(claim, version=None, figures=figures | {"outcome": str(error)})
+            return
+        finally:
+            self._model.detach()
+        self._publish(claim, trained, figures)
+
+    def _train(self, job: Job) -> Trained:
+        training, live, claim = job.spec.training, job.live, job.claim
+        seed = _seed(self._settings.seed, live, claim)
+        folder = None if live.is_base else self._registry.get(live).path
+        self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
+        before = self._checkpoints.load(live)
+        optimizer = new_optimizer(
+            self._model, training.learning_rate, before.optimizer if before else None
+        )
+        samples = [sample_of(item, live_version=live.version) for item in job.credits.credited]
+        with Heartbeat(
+            self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
+        ) as heartbeat:
+            figures = update(
+                self._model, optimizer, samples, training, _algorithm(training),
+                seed=seed, token_budget=self._settings.microbatch_tokens, on_progress=heartbeat,
+            )  # fmt: skip
+        job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
+        adapter = self._publish_folder(live, _probe(self._model, samples), figures)
+        state = optimizer.state_dict()
+        return Trained(adapter, Checkpoint(adapter.ref, adapter.digest, state, job.baseline, seed))
+
+    def _publish_folder(
+        self, live: AdapterRef, probe: Probe, figures: Mapping[str, float]
+    ) -> Adapter:
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder)
+            self._model.save(draft)
+            return self._registry.publish(
+                draft, policy=live.policy, parent=live, probe=probe, metrics=figures
+            )
+
+    def _publish(self, claim: Claim, trained: Trained, figures: Mapping[str, float | str]) -> None:
+        ref = trained.adapter.ref
+        self._checkpoints.save(trained.checkpoint)
+        all_figures = {**figures, **trained.adapter.metrics}
+        self._store.finish(
+            claim,
+            version=ref.version,
+            figures=all_figures,
+            also=lambda session: self._releases.record_in(
+                session, ref.policy, ref.version, "candidate",
+                actor=ACTOR, reason=f"trained on {len(claim.episodes)} episodes from "
+                f"{trained.adapter.parent}", figures=dict(trained.adapter.metrics),
+            ),
+        )  # fmt: skip
+        logger.info("%s is a candidate", ref, extra={"figures": all_figures})
+
+    def _judge(self, spec: LearningSpec, ref: AdapterRef) -> None:
+        live = self._releases.state(spec.policy).live
+        try:
+            candidate = self._registry.get(ref)
+        except AdapterMissing as error:
+            self._reject(ref, str(error), {})
+            return
+        if candidate.parent != live:
+            self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
+            return
+        folder = None if live.is_base else self._registry.get(live).path
+        verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate))
+        if not verdict.passed:
+            self._reject(ref, verdict.reason, verdict.figures)
+            return
+        try:
+            self._releases.promote(
+                ref, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
+                expected_live=live.version,
+            )  # fmt: skip
+        except ReleaseError as error:
+            self._reject(ref, str(error), verdict.figures)
+            return
+        logger.info("%s is live: %s", ref, verdict.reason, extra={"figures": verdict.figures})
+        self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
+
+    def _reject(self, ref: AdapterRef, reason: str, figures: Mapping[str, float]) -> None:
+        logger.warning("%s is rejected: %s", ref, reason, extra={"figures": dict(figures)})
+        if self._releases.state(ref.policy).states.get(ref.version) == "rejected":
+            return
+        try:
+            self._releases.record(
+                ref.policy, ref.version, "rejected", actor=ACTOR, reason=reason, figures=figures
+            )
+        except ReleaseConflict as error:
+            # Somebody made it live by hand meanwhile: theirs is the last word.
+            logger.warning("%s: %s", ref, error)
+
+    def _baseline(self, live: AdapterRef) -> Baseline:
+        """The tracked baseline after the newest batch that became a version.
+
+        A rejected version's batch was sampled by versions that did serve, so it counts; what was
+        rolled back does not.
+        """
+        states = self._releases.state(live.policy).states
+        versions = [v for v, state in states.items() if v and state != "rolled_back"]
+        for version in sorted(versions, reverse=True):
+            checkpoint = self._checkpoints.load(AdapterRef(live.policy, version))
+            if checkpoint is not None:
+                return checkpoint.baseline
+        return Baseline()
+
+
+def _algorithm(training: TrainingSpec) -> Algorithm:
+    return Loop(training.clip_low, training.clip_high)
+
+
+def _seed(seed: int, live: AdapterRef, claim: Claim) -> int:
+    """The same log and setting give the same update, however often it is begun."""
+    ids = sorted(item.episode.id for item in claim.episodes)
+    digest = hashlib.sha256("\n".join([str(seed), str(live), *ids]).encode())
+    return int.from_bytes(digest.digest()[:4], "big")
+
+
+def _batch_figures(claim: Claim, credits: Credits) -> dict[str, float | str]:
+    rewards = [item.reward for item in claim.episodes]
+    figures: dict[str, float | str] = {
+        "episodes": float(len(rewards)),
+        "mean_reward": sum(rewards) / max(1, len(rewards)),
+        "groups": float(credits.groups),
+        "singles": float(credits.singles),
+        "trained_episodes": float(len(credits.credited)),
+    }
+    return figures | {f"dropped_{reason}": float(n) for reason, n in credits.dropped.items()}
+
+
+def _probe(model: LoraModel, samples: list[Sample]) -> Probe:
+    """On tokens that this adapter line really sees."""
+    return model.probe(samples[0].rows[0].token_ids[:PROBE_TOKENS])
