@@ -43,7 +43,12 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
     return Trainer(
         store=store,
         releases=releases,
-        registry=Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank),
+        registry=Registry(
+            settings.model.adapters,
+            base.digest,
+            settings.model.max_lora_rank,
+            base_folder=base.path,
+        ),
         checkpoints=Checkpoints(section.checkpoints),
         model=LoraModel(base.path, device=section.device, dtype=settings.model.dtype),
         gate=gate,

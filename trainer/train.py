@@ -27,10 +27,10 @@ from feedback.errors import LeaseLost
 from feedback.spec import LearningSpec, TrainingSpec
 from feedback.store import Store
 from feedback.training import Claim
-from policy.registry import AdapterMissing, Registry
+from policy.registry import Registry
 from policy.releases import ReleaseConflict, ReleaseError, Releases
 from policy.types import Adapter, AdapterRef, Probe
-from policy.validation import AdapterInvalid
+from policy.validation import AdapterInvalid, RegistryError
 from trainer.algorithms import Algorithm
 from trainer.algorithms.loop import Loop
 from trainer.baseline import Baseline
@@ -209,7 +209,7 @@ class Trainer:
         live = self._releases.state(spec.policy).live
         try:
             candidate = self._registry.get(ref)
-        except AdapterMissing as error:
+        except RegistryError as error:
             self._reject(ref, str(error), {})
             return
         if candidate.parent != live:

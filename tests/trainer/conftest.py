@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from feedback.types import Episode, Turn
+from feedback.store import Store
+from feedback.types import Episode, FeedbackEvent, Turn
+from policy.releases import Releases
+from trainer.model import LoraModel
 
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Episode]
@@ -60,3 +67,99 @@ def episode() -> MakeEpisode:
         )  # fmt: skip
 
     return make
+
+
+CONFIG = """
+agents = "{folder}/agents"
+[model]
+path = "{base}"
+adapters = "{folder}/adapters"
+max_lora_rank = 8
+[storage]
+database = "sqlite:///{folder}/hone.db"
+[trainer]
+checkpoints = "{folder}/checkpoints"
+poll_seconds = 0.1
+gate_seconds = 30
+[http]
+port = 1
+"""
+
+AGENT = """
+name: line
+policy: line
+system: You answer.
+training: {min_episodes: 24, minibatch_episodes: 8, rank: 4, alpha: 8, learning_rate: 0.001}
+"""
+
+
+@pytest.fixture(scope="session")
+def world_template(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of 24 rewarded episodes: 6 groups of 2 and 12 singles, with true logprobs."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "agents").mkdir()
+    (folder / "agents" / "line.yaml").write_text(AGENT)
+    model = LoraModel(base_folder)
+    model.attach(rank=1, alpha=1, seed=0, start=None)
+    rng = random.Random(3)
+    store = Store.open(f"sqlite:///{folder}/hone.db")
+    for number in range(24):
+        id = f"episode-{number:02d}"
+        key = f"pair/{number // 2}" if number < 12 else f"single/{number}"
+        ids = [rng.randrange(2, 32) for _ in range(20)]
+        logprobs = model.probe(ids).logprobs[9:]
+        store.begin(Episode(id, "line", 0, key, float(number), agent="line"))
+        store.append_turn(id, Turn(0, ids[:10], ids[10:], logprobs, "", "stop"))
+        store.end(id, "finished", float(number) + 0.5)
+        reward = float(number % 2) if number < 12 else float(rng.random() < 0.5)
+        store.add_feedback(
+            [FeedbackEvent(f"e{number}", "test", id, "success", reward, number + 0.6, number + 0.6)]
+        )
+    store.close()
+    return folder
+
+
+@pytest.fixture
+def make_world(world_template: Path, base_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A fresh copy of the record in a folder of its own, with the settings file that names it."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(world_template, folder)
+        (folder / "hone.toml").write_text(CONFIG.format(folder=folder, base=base_folder))
+        return folder
+
+    return make
+
+
+class StandInController:
+    """Plays the server's part in a release: says that each candidate was loaded and proven."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._stores = [Store.open(f"sqlite:///{folder}/hone.db") for folder in folders]
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        for store in self._stores:
+            store.close()
+
+    def _follow(self) -> None:
+        while not self._done.wait(0.05):
+            for releases in (Releases(store.database) for store in self._stores):
+                for ref in releases.state("line").candidates:
+                    releases.record(
+                        "line", ref.version, "loaded", actor="server", reason="probe passed",
+                        figures={"parity_gap": 1e-6, "shift": 0.01},
+                    )  # fmt: skip
+
+
+@pytest.fixture
+def controller() -> type[StandInController]:
+    return StandInController
