@@ -1,0 +1,1 @@
+"""Worlds to run Hone in. Nothing under the product's packages imports these."""

@@ -1,0 +1,1 @@
+"""How the shipped pocket policy was made: corpus, tokenizer, training. Unused at run time."""

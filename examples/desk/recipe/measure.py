@@ -1,0 +1,145 @@
+"""How well a model works the desk, by a torch sampler over in-process desks: no server.
+
+For making the pocket policy only. Everything that Hone itself reports is measured through vLLM and
+the desk's HTTP service.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from examples.desk.desk import Desk, DeskError
+from examples.desk.recipe.corpus import render
+from examples.desk.recipe.demonstrator import SYSTEM, WRITES, compact
+from examples.desk.tasks import Task
+
+MAX_TURNS = 8
+MAX_TURN_TOKENS = 48
+_CALL = re.compile(r"<tool_call>(\{.*\})</tool_call>\Z", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One task being worked: all ids so far and which of them the model sampled."""
+
+    task: Task
+    desk: Desk
+    ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float] = field(default_factory=list)
+    """Of the sampled ids only, nats."""
+    finished: bool = False
+
+    def success(self) -> bool:
+        return self.finished and self.task.success(self.desk.actions(self.task.customer))
+
+
+def attempt_all(
+    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], *, temperature: float = 1.0
+) -> list[Attempt]:
+    """Work every task in lock-step, turn by turn. `temperature` 0 takes the likeliest token."""
+    attempts = [_begin(tokenizer, task) for task in tasks]
+    for _ in range(MAX_TURNS):
+        open_ones = [a for a in attempts if not a.finished]
+        if not open_ones:
+            break
+        _sample_turn(model, tokenizer, open_ones, temperature)
+    return attempts
+
+
+def sampled_success(
+    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], *, temperature: float = 1.0
+) -> float:
+    """Share of tasks whose final state is as the house rules want it."""
+    attempts = attempt_all(model, tokenizer, tasks, temperature=temperature)
+    return sum(a.success() for a in attempts) / len(attempts)
+
+
+def _begin(tokenizer: Tokenizer, task: Task) -> Attempt:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.request}]
+    ids = tokenizer.encode(render(messages, prompt=True)).ids
+    desk = Desk()
+    desk.seed(task.customer, task.orders)
+    return Attempt(task, desk, ids, [False] * len(ids))
+
+
+@torch.no_grad()
+def _sample_turn(
+    model: Any, tokenizer: Tokenizer, attempts: Sequence[Attempt], temperature: float
+) -> None:
+    end = tokenizer.token_to_id("<|im_end|>")
+    width = max(len(a.ids) for a in attempts)
+    ids_BT = torch.zeros(len(attempts), width, dtype=torch.long)
+    mask_BT = torch.zeros(len(attempts), width, dtype=torch.long)
+    for row, attempt in enumerate(attempts):
+        ids_BT[row, width - len(attempt.ids) :] = torch.tensor(attempt.ids)
+        mask_BT[row, width - len(attempt.ids) :] = 1
+    said: list[list[int]] = [[] for _ in attempts]
+    cache = None
+    for _ in range(MAX_TURN_TOKENS):
+        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        out = model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        chosen_B, logprob_B = _draw(out.logits[:, -1].float(), temperature)
+        for row, attempt in enumerate(attempts):
+            if not said[row] or said[row][-1] != end:
+                said[row].append(int(chosen_B[row]))
+                attempt.logprobs.append(float(logprob_B[row]))
+        if all(tokens[-1] == end for tokens in said):
+            break
+        ids_BT = chosen_B[:, None]
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(attempts), 1)], dim=1)
+    for attempt, tokens in zip(attempts, said, strict=True):
+        attempt.ids += tokens
+        attempt.sampled += [True] * len(tokens)
+        _answer(tokenizer, attempt, tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _draw(logits_BV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if temperature == 0:
+        return logits_BV.argmax(-1), logits_BV.new_zeros(len(logits_BV))
+    logprobs_BV = (logits_BV / temperature).log_softmax(-1)
+    chosen_B = torch.multinomial(logprobs_BV.exp(), 1)[:, 0]
+    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None])[:, 0]
+
+
+def _answer(tokenizer: Tokenizer, attempt: Attempt, text: str) -> None:
+    """Make the call that a turn asks for and append what it shows, or finish."""
+    call = _CALL.match(text)
+    if call is None:
+        attempt.finished = True
+        return
+    try:
+        parsed = json.loads(call[1])
+        shown = compact(_operate(attempt.desk, parsed["name"], parsed["arguments"]))
+    except DeskError as refusal:
+        shown = compact({"error": refusal.status, "detail": refusal.detail})
+    except (ValueError, KeyError, TypeError) as error:
+        shown = compact({"error": str(error)})
+    suffix = render([{"role": "tool", "content": shown}], prompt=True)
+    ids = tokenizer.encode(suffix).ids
+    attempt.ids += ids
+    attempt.sampled += [False] * len(ids)
+
+
+def _operate(desk: Desk, name: str, arguments: dict[str, Any]) -> object:
+    if name == "find_orders":
+        return desk.find_orders(arguments["customer"])
+    if name == "get_order":
+        return desk.get_order(arguments["order"])
+    return desk.act(arguments["order"], WRITES[name])
