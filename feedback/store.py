@@ -56,7 +56,10 @@ class Store:
             episodes.end(connection, episode_id, stop_reason, ended_at)
 
     def interrupt_running(self, *, now: float | None = None) -> int:
-        """End what a killed server left running as 'interrupted'; returns how many there were."""
+        """End what a killed server left running as 'interrupted'; returns how many there were.
+
+        For the start of the only server on a database: it asks nobody who is running what.
+        """
         with self._writing.begin() as connection:
             return episodes.interrupt_running(connection, _or_now(now))
 

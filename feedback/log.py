@@ -1,0 +1,173 @@
+"""The record for asyncio: many awaiting tasks, one writer thread, one transaction a batch.
+
+An await returns only after COMMIT, so that what was acknowledged is on disk; sharing a commit
+among everybody who waits is what makes that cheap. The order of calls is kept. Reads, and all that
+is not on the serving path, go to `feedback.store`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
+
+from feedback import episodes, events
+from feedback.database import writing
+from feedback.errors import RecordError
+from feedback.events import Receipt
+from feedback.store import Store
+from feedback.types import Episode, FeedbackEvent, Turn
+
+_MOST = 256
+"""Writes that share a transaction: enough to spread the commit's cost, few enough to be quick."""
+
+_REFUSALS = (
+    RecordError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    IntegrityError,
+    DataError,
+    ProgrammingError,
+)
+"""What one malformed write causes, and what leaves its neighbours' writes in place."""
+
+
+class LogClosed(Exception):
+    """The log takes no more writes."""
+
+
+@dataclass(slots=True)
+class _Write:
+    """One awaited call, and then its outcome."""
+
+    apply: Callable[[Connection], Any]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Log:
+    """Group commit over a store. A refused write fails alone; the rest of its batch is kept.
+
+    A task that is cancelled while it awaits does not take its write back.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(
+            target=_write_batches, args=(writing(store.database), self._queue), name="hone-log"
+        )
+        self._thread.start()
+
+    async def begin(self, episode: Episode) -> None:
+        """As `Store.begin`."""
+        await self._submit(lambda connection: episodes.begin(connection, episode))
+
+    async def append_turn(self, episode_id: str, turn: Turn) -> None:
+        """As `Store.append_turn`."""
+        await self._submit(lambda connection: episodes.append_turn(connection, episode_id, turn))
+
+    async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
+        """As `Store.end`."""
+        await self._submit(
+            lambda connection: episodes.end(connection, episode_id, stop_reason, ended_at)
+        )
+
+    async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
+        """As `Store.add_feedback`."""
+        receipts: list[Receipt] = await self._submit(
+            lambda connection: events.add(connection, said)
+        )
+        return receipts
+
+    def close(self) -> None:
+        """Write what was submitted, then stop; later writes raise LogClosed. May be repeated."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        self._thread.join()
+
+    async def _submit(self, apply: Callable[[Connection], Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        write = _Write(apply, loop.create_future(), loop)
+        with self._closing:  # nothing may enter the queue behind its end mark
+            if self._closed:
+                raise LogClosed("the log is closed; the server is shutting down")
+            self._queue.put(write)
+        return await write.future
+
+
+def _write_batches(database: Engine, waiting: queue.SimpleQueue[_Write | None]) -> None:
+    """The writer thread: take what has queued up while the last batch was committed, and commit."""
+    open_ = True
+    while open_:
+        first = waiting.get()
+        batch = list(_drain(first, waiting))
+        open_ = None not in batch
+        _commit(database, [write for write in batch if write is not None])
+
+
+def _drain(
+    first: _Write | None, waiting: queue.SimpleQueue[_Write | None]
+) -> Iterable[_Write | None]:
+    yield first
+    for _ in range(_MOST - 1):
+        try:
+            yield waiting.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _commit(database: Engine, batch: Sequence[_Write]) -> None:
+    """Apply a batch in one transaction, each write in a savepoint, and only then answer."""
+    if not batch:
+        return
+    try:
+        with database.begin() as connection:
+            for write in batch:
+                _apply(connection, write)
+    except Exception as error:
+        for write in batch:
+            write.error = error
+    for write in batch:
+        _answer(write)
+
+
+def _apply(connection: Connection, write: _Write) -> None:
+    """A refusal is the write's own. Anything else (disk full, I/O error) fails the whole batch:
+    SQLite may have rolled the transaction back by itself, with the writes that went before."""
+    savepoint = connection.begin_nested()
+    try:
+        write.result = write.apply(connection)
+    except _REFUSALS as error:
+        savepoint.rollback()
+        write.error = error
+    else:
+        savepoint.commit()
+
+
+def _answer(write: _Write) -> None:
+    def settle() -> None:
+        if write.future.done():
+            return
+        if write.error is None:
+            write.future.set_result(write.result)
+        else:
+            write.future.set_exception(write.error)
+
+    try:
+        write.loop.call_soon_threadsafe(settle)
+    except RuntimeError:
+        # The loop was closed while its task still waited: nobody is left to answer.
+        return

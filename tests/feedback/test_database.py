@@ -1,0 +1,91 @@
+"""Durability settings and the schema's history."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from sqlmodel import SQLModel
+
+import policy.releases
+from feedback import database
+from feedback.store import Store
+
+
+def test_every_pooled_connection_is_durable(store: Store) -> None:
+    pragmas = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    with ExitStack() as stack:
+        pool = [stack.enter_context(store.database.connect()) for _ in range(8)]
+        assert len({id(c.connection.dbapi_connection) for c in pool}) == 8
+        for connection in pool:
+            found = {name: connection.scalar(text(f"PRAGMA {name}")) for name in pragmas}
+            assert found == pragmas
+
+
+def test_migrations_make_exactly_the_tables_of_the_code(store: Store) -> None:
+    assert policy.releases.ReleaseEventRow.__tablename__ in SQLModel.metadata.tables
+    with store.database.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, SQLModel.metadata) == []
+        assert context.get_current_revision() == "0001"
+
+
+def test_migrations_go_back_down(store: Store) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(database._MIGRATIONS))
+    with database.writing(store.database).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    assert inspect(store.database).get_table_names() == ["alembic_version"]
+
+
+def test_a_failed_migration_leaves_nothing_behind(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic import op
+
+    real = op.create_table
+
+    def fail_late(name: str, *rest: object) -> object:
+        if name == "release_event":
+            raise RuntimeError("the disk is full")
+        return real(name, *rest)  # type: ignore[arg-type]  # passes on what it was given
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "create_table", fail_late)
+        with pytest.raises(RuntimeError, match="disk is full"):
+            Store.open(url)
+    store = Store.open(url)
+    assert store.episodes() == []
+    store.close()
+
+
+def test_processes_may_open_a_new_database_at_the_same_time(url: str) -> None:
+    code = "import sys; from feedback.store import Store; print(Store.open(sys.argv[1]).episodes())"
+    racing = [
+        subprocess.Popen([sys.executable, "-c", code, url], stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    for process in racing:
+        out, err = process.communicate(timeout=60)
+        assert (out, process.returncode) == ("[]\n", 0), err
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "postgresql://host/name"])
+def test_a_database_that_would_forget_or_is_unknown_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Store.open(url)
+
+
+def test_the_room_opens_without_torch() -> None:
+    code = (
+        "import sys, feedback.log; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,118 @@
+"""Episodes and turns: what is read back is what was recorded, and disorder is refused."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+from record_samples import episode, event, turn
+from sqlalchemy import select
+
+from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
+from feedback.rows import TURN
+from feedback.store import Store
+from feedback.types import ToolCall, Turn
+
+
+def float32(value: float) -> float:
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    assert isinstance(rounded, float)
+    return rounded
+
+
+def stored_prompt_ids(store: Store, id: str) -> list[int]:
+    """How many ids of each turn's prompt are on disk."""
+    with store.database.connect() as connection:
+        query = select(TURN.c.prompt_ids).where(TURN.c.episode_id == id).order_by(TURN.c.index)
+        return [len(packed) // 4 for packed in connection.scalars(query)]
+
+
+def test_an_episode_is_read_back_exactly_and_prompts_are_stored_once(store: Store) -> None:
+    call = ToolCall("c1", "find", {"name": "Zoë 🦊", "n": [1, None]}, "ok", '{"orders": []}', 0.25)
+    first = Turn(
+        0, (1, 2, 3), (4, 2**32 - 1), (float32(-0.1), float32(-1e-7)), "a \ud83e\udd8a",
+        "stop", (call,), None, 51.5, 0.125,
+    )  # fmt: skip
+    first = replace(first, text="fox 🦊")
+    extending = turn(1, prompt=(1, 2, 3, 4, 2**32 - 1, 9, 9))
+    nothing_new = turn(2, prompt=(*extending.prompt_ids, *extending.token_ids))
+    one_id_differs = turn(3, prompt=(8, *nothing_new.prompt_ids[1:], *nothing_new.token_ids, 7))
+    shorter = replace(turn(4, prompt=(1,), logprobs=False), fault="malformed call")
+    turns = (first, extending, nothing_new, one_id_differs, shorter)
+
+    begun = replace(episode("e", ended_at=None, turns=()), metadata={"customer": "Zoë"})
+    store.begin(begun)
+    for each in turns:
+        store.append_turn("e", each)
+    store.end("e", "turn_limit", 60.0)
+
+    expected = replace(begun, turns=turns, stop_reason="turn_limit", ended_at=60.0)
+    assert store.episode("e") == expected
+    assert stored_prompt_ids(store, "e") == [3, 2, 0, len(one_id_differs.prompt_ids), 1]
+
+
+def test_a_lone_surrogate_in_a_text_loses_no_turn(store: Store) -> None:
+    store.begin(episode("e", turns=(replace(turn(0), text="bad \ud83e end"),)))
+    kept = store.episode("e")
+    assert kept is not None
+    assert kept.turns[0].text == "bad ? end"
+
+
+def test_disorder_is_refused_and_changes_nothing(store: Store) -> None:
+    store.begin(episode("e", ended_at=None))
+    before = store.episode("e")
+    with pytest.raises(EpisodeExists):
+        store.begin(episode("e", tenant="other"))
+    with pytest.raises(EpisodeMissing):
+        store.append_turn("unknown", turn(0))
+    with pytest.raises(TurnOutOfOrder, match="expected 1"):
+        store.append_turn("e", turn(0))
+    with pytest.raises(TurnOutOfOrder, match="expected 1"):
+        store.append_turn("e", turn(2))
+    with pytest.raises(ValueError, match="2 token ids and 1 logprobs"):
+        store.append_turn("e", replace(turn(1), logprobs=(-1.0,)))
+    with pytest.raises(ValueError, match="finite"):
+        store.append_turn("e", replace(turn(1), logprobs=(-1.0, float("-inf"))))
+    with pytest.raises(ValueError, match="token ids"):
+        store.append_turn("e", turn(1, prompt=(-1,)))
+    assert store.episode("e") == before
+    store.end("e", "finished", 60.0)
+    with pytest.raises(EpisodeEnded, match="finished"):
+        store.append_turn("e", turn(1))
+    with pytest.raises(EpisodeEnded):
+        store.end("e", "cancelled", 61.0)
+
+
+def test_episodes_left_running_by_a_killed_server_are_closed(store: Store) -> None:
+    store.begin(episode("done"))
+    store.begin(episode("left", ended_at=None))
+    store.begin(episode("exam", ended_at=None, purpose="evaluation"))
+    assert store.interrupt_running(now=70.0) == 2
+    assert store.interrupt_running(now=71.0) == 0
+    reasons = {e.id: (e.stop_reason, e.ended_at) for e in store.episodes()}
+    assert reasons == {
+        "done": ("finished", 100.0),
+        "left": ("interrupted", 70.0),
+        "exam": ("interrupted", 70.0),
+    }
+
+
+def test_lists_are_newest_first_filtered_and_paged(store: Store) -> None:
+    for i in range(5):
+        store.begin(episode(f"e{i}", started_at=float(i // 2), version=i % 2))
+    store.begin(episode("foreign", tenant="other", started_at=9.0))
+    store.add_feedback([event("a", "e4", 0.0), event("b", "e4", 0.5, source="human")])
+
+    first = store.episodes(limit=2)
+    assert [e.id for e in first] == ["e4", "e3"]
+    assert first[0].feedback == {"success": 0.25}
+    assert (first[0].n_turns, first[0].n_tokens) == (1, 2)
+    rest = store.episodes(limit=9, before="e3")
+    assert [e.id for e in rest] == ["e2", "e1", "e0"]
+    assert [e.id for e in store.episodes(version=1)] == ["e3", "e1"]
+    assert store.episodes(policy="other") == []
+    assert store.episodes(tenant="other")[0].id == "foreign"
+    assert store.episode("foreign") is None
+    with pytest.raises(EpisodeMissing):
+        store.episodes(before="foreign")
