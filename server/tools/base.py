@@ -1,0 +1,96 @@
+"""What every tool kind offers to an agent's run, and the two ways in which a tool may refuse.
+
+Kinds live in sibling files; the box that guards their calls is `server.tools.box`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from feedback.types import ToolStatus
+
+
+class ToolError(Exception):
+    """A tool cannot be offered, or not be called like this.
+
+    ToolError
+    ├── ToolUnavailable    at loading: the owner must change the agent's file or the service
+    └── InvalidArguments   at a call: the model is told, and may call again
+    """
+
+
+class ToolUnavailable(ToolError):
+    pass
+
+
+class InvalidArguments(ToolError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """How a tool is shown to the model."""
+
+    name: str
+    """Letters, digits, `_` and `-`, at most 64: what OpenAI's wire shape allows."""
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON Schema (2020-12) of the arguments object, without references."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """Who calls. A Python function receives it if it has a parameter of this type."""
+
+    episode_id: str
+    call_id: str
+    turn: int
+    agent: str = ""
+    tenant: str = "default"
+    deadline: float | None = None
+    """Event-loop time at which the whole run ends; an answer after it is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What came of one call."""
+
+    status: ToolStatus
+    text: str
+    """What the model is shown."""
+
+
+class Tool(Protocol):
+    """One callable. May raise anything: the box turns it into a result."""
+
+    @property
+    def spec(self) -> ToolSpec: ...
+
+    @property
+    def timeout_seconds(self) -> float: ...
+
+    @property
+    def max_result_chars(self) -> int: ...
+
+    async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
+        """Act once. `arguments` satisfy `spec.parameters`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release what the tool holds; harmless when repeated."""
+        ...
+
+
+def compact(value: object) -> str:
+    """JSON as the model reads it: no blanks, no escapes."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def fault(status: ToolStatus, detail: object, *, error: str | int | None = None) -> ToolResult:
+    """A failure as the model reads it: `{"error":...,"detail":...}`."""
+    return ToolResult(
+        status, compact({"error": status if error is None else error, "detail": detail})
+    )
