@@ -131,7 +131,11 @@ class GroupedPunica(PunicaWrapperCPU):
         self, y: Any, x: Any, a: Any, b: Any, scale: float, **_: Any
     ) -> None:
         y, x = y.flatten(0, -2), x.flatten(0, -2)
-        add_lora_(y, x, (a,), (b,), scale, (y.shape[1],), self._sampler_groups)
+        groups = self._sampler_groups
+        if len(y) != len(self.sampler_indices) and any(g.rows is not None for g in groups):
+            # Scoring a prompt beside other adapters: vLLM does not say whose rows these are.
+            groups = ()
+        add_lora_(y, x, (a,), (b,), scale, (y.shape[1],), groups)
 
 
 class TiedExecutor(UniProcExecutor):
@@ -349,6 +353,12 @@ class VllmEngine:
     @property
     def max_model_len(self) -> int:
         return int(self.client.model_config.max_model_len)
+
+    @property
+    def process_id(self) -> int:
+        """Of the engine process, our child."""
+        [process] = self.client.engine_core.resources.engine_manager.processes
+        return int(process.pid)
 
     @property
     def loaded(self) -> frozenset[AdapterRef]:

@@ -1,0 +1,205 @@
+"""What every engine promises, checked over each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from policy.engine import (
+    AdapterNotLoaded,
+    AdapterRefused,
+    Engine,
+    PromptTooLong,
+    complete,
+)
+from policy.scripted import ScriptedEngine, scripted_logprobs
+from policy.types import Adapter, AdapterRef, Probe, Sampling
+
+if TYPE_CHECKING:
+    from policy.vllm_engine import VllmEngine
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+BASE = AdapterRef("desk", 0)
+PROMPT = tuple(range(40, 60))
+SCRIPTED_EOS = 7
+
+
+@dataclass(frozen=True)
+class Rig:
+    """An engine, and how to make adapters for it."""
+
+    engine: Engine
+    adapter: Callable[[int], Adapter]
+    eos_id: int
+
+
+def scripted_reply(prompt_ids: tuple[int, ...], adapter: AdapterRef) -> list[int]:
+    length = 12 + (sum(prompt_ids) + adapter.version) % 5
+    return [100 + (prompt_ids[-1] + adapter.version + i) % 50 for i in range(length)] + [
+        SCRIPTED_EOS
+    ]
+
+
+def scripted_adapter(version: int) -> Adapter:
+    ref, ids = AdapterRef("desk", version), tuple(range(30, 60))
+    probe = Probe(
+        ids, tuple(scripted_logprobs(ids, ref)), tuple(scripted_logprobs(ids, BASE))
+    )
+    return Adapter(ref, Path("nowhere"), f"sha256:{version}", "sha256:tiny", rank=8, probe=probe)
+
+
+@pytest.fixture(params=["scripted", "vllm"])
+def rig(request: pytest.FixtureRequest) -> Rig:
+    if request.param == "scripted":
+        engine = ScriptedEngine(
+            scripted_reply, lambda ids: bytes(ids).decode("latin-1"), eos_id=SCRIPTED_EOS,
+            max_model_len=512,
+        )  # fmt: skip
+        return Rig(engine, scripted_adapter, SCRIPTED_EOS)
+    vllm: VllmEngine = request.getfixturevalue("vllm_engine")
+    return Rig(vllm, request.getfixturevalue("make_adapter"), request.getfixturevalue("eos_id"))
+
+
+@contextlib.asynccontextmanager
+async def loaded(engine: Engine, adapter: Adapter):
+    await engine.load(adapter)
+    try:
+        yield adapter.ref
+    finally:
+        await engine.unload(adapter.ref)
+
+
+def largest(left: list[float] | tuple[float, ...], right: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+async def test_sampled_logprobs_are_the_scores_of_the_sampled_ids(rig: Rig) -> None:
+    async with loaded(rig.engine, rig.adapter(1)) as ref:
+        for adapter in (BASE, ref):
+            done = await complete(
+                rig.engine, PROMPT, Sampling(max_tokens=24, seed=3), adapter=adapter
+            )
+            scores = await rig.engine.score([*PROMPT, *done.token_ids], adapter=adapter)
+            assert len(done.logprobs) == len(done.token_ids) >= 2
+            assert largest(done.logprobs, scores[len(PROMPT) - 1 :]) < 1e-4
+            assert done.adapter == adapter
+
+
+async def test_scores_do_not_depend_on_what_was_cached(rig: Rig) -> None:
+    ids = [*range(60, 260)]
+    first = await rig.engine.score(ids, adapter=BASE)
+    await complete(rig.engine, ids, Sampling(max_tokens=4, seed=0), adapter=BASE)
+    again = await rig.engine.score(ids, adapter=BASE)
+    assert len(first) == len(ids) - 1
+    assert largest(first, again) < 1e-5
+
+
+async def test_the_same_seed_gives_the_same_ids(rig: Rig) -> None:
+    sampling = Sampling(max_tokens=16, seed=11)
+    runs = [await complete(rig.engine, PROMPT, sampling, adapter=BASE) for _ in range(2)]
+    assert runs[0].token_ids == runs[1].token_ids
+    assert runs[0].text == runs[1].text
+
+
+async def test_max_tokens_ends_with_length(rig: Rig) -> None:
+    done = await complete(rig.engine, PROMPT, Sampling(max_tokens=3, seed=1), adapter=BASE)
+    assert (len(done.token_ids), done.stop_reason) == (3, "length")
+
+
+async def test_end_of_turn_ends_with_stop_and_stays_in_the_ids(rig: Rig) -> None:
+    runs = await asyncio.gather(
+        *(
+            complete(rig.engine, PROMPT, Sampling(max_tokens=400, seed=seed), adapter=BASE)
+            for seed in range(12)
+        )
+    )
+    stopped = [run for run in runs if run.stop_reason == "stop"]
+    assert stopped
+    for run in stopped:
+        assert run.token_ids[-1] == rig.eos_id
+        assert rig.eos_id not in run.token_ids[:-1]
+        assert "<|im_end|>" not in run.text
+
+
+async def test_a_stop_string_ends_the_text_before_it(rig: Rig) -> None:
+    whole = await complete(rig.engine, PROMPT, Sampling(max_tokens=12, seed=5), adapter=BASE)
+    stop = next(c for c in whole.text[4:] if c.isascii() and c.isprintable())
+    cut = await complete(
+        rig.engine, PROMPT, Sampling(max_tokens=12, seed=5, stop=(stop,)), adapter=BASE
+    )
+    assert cut.stop_reason == "stop"
+    assert cut.text == whole.text.partition(stop)[0]
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+
+
+async def test_closing_a_stream_early_leaves_the_engine_well(rig: Rig) -> None:
+    for seed in range(4):
+        stream = rig.engine.stream(PROMPT, Sampling(max_tokens=400, seed=seed), adapter=BASE)
+        first = await anext(stream)
+        assert first.token_ids
+        await stream.aclose()
+    assert await rig.engine.healthy()
+    done = await complete(rig.engine, PROMPT, Sampling(max_tokens=4, seed=0), adapter=BASE)
+    assert len(done.token_ids) == 4
+
+
+async def test_an_unknown_adapter_is_not_loaded(rig: Rig) -> None:
+    ghost = AdapterRef("desk", 999)
+    with pytest.raises(AdapterNotLoaded, match="desk@v999"):
+        await anext(rig.engine.stream(PROMPT, Sampling(max_tokens=2), adapter=ghost))
+    with pytest.raises(AdapterNotLoaded, match="desk@v999"):
+        await rig.engine.score(PROMPT, adapter=ghost)
+    with pytest.raises(AdapterNotLoaded, match="desk@v999"):
+        await rig.engine.unload(ghost)
+
+
+async def test_what_does_not_fit_the_context_is_refused(rig: Rig) -> None:
+    whole = rig.engine.max_model_len
+    with pytest.raises(PromptTooLong, match=str(whole)):
+        await anext(rig.engine.stream([5] * (whole - 3), Sampling(max_tokens=4), adapter=BASE))
+    with pytest.raises(PromptTooLong):
+        await rig.engine.score([5] * whole, adapter=BASE)
+    assert len(await rig.engine.score([5] * (whole - 1), adapter=BASE)) == whole - 2
+
+
+async def test_load_proves_the_adapter_and_unload_forgets_it(rig: Rig) -> None:
+    adapter = rig.adapter(2)
+    report = await rig.engine.load(adapter)
+    assert report is not None
+    assert report.largest_gap < 1e-3
+    assert report.largest_shift > 0.1
+    assert rig.engine.loaded == {adapter.ref}
+    assert await rig.engine.load(adapter) == report
+    await rig.engine.unload(adapter.ref)
+    assert rig.engine.loaded == frozenset()
+    with pytest.raises(AdapterNotLoaded):
+        await rig.engine.score(PROMPT, adapter=adapter.ref)
+
+
+async def test_an_adapter_that_answers_otherwise_than_recorded_is_refused(rig: Rig) -> None:
+    adapter = rig.adapter(3)
+    assert adapter.probe is not None
+    wrong = dataclasses.replace(
+        adapter, probe=dataclasses.replace(adapter.probe, logprobs=adapter.probe.base_logprobs)
+    )
+    with pytest.raises(AdapterRefused, match="desk@v3"):
+        await rig.engine.load(wrong)
+    assert rig.engine.loaded == frozenset()
+    assert await rig.engine.healthy()
+    async with loaded(rig.engine, adapter) as ref:
+        assert len(await rig.engine.score(PROMPT, adapter=ref)) == len(PROMPT) - 1
+
+
+async def test_an_adapter_without_a_probe_is_loaded_without_a_report(rig: Rig) -> None:
+    adapter = dataclasses.replace(rig.adapter(4), probe=None)
+    assert await rig.engine.load(adapter) is None
+    assert adapter.ref in rig.engine.loaded
+    await rig.engine.unload(adapter.ref)
