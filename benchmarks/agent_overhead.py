@@ -1,0 +1,138 @@
+"""What the run loop itself costs a turn: engine, tool and recorder answer at once.
+
+    python -m benchmarks.agent_overhead [--runs 2000] [--at-once 200]
+
+Each run has one turn with a tool call and one without. The chat format is a stand-in as well: its
+cost is the template's, and is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from feedback.types import Episode, Turn
+from policy.tool_calls import ParsedTurn, parse_turn
+from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
+from server.agents.run import Agent, RunRequest, run_to_end
+from server.agents.spec import AgentSpec
+from server.tools.box import ToolBox
+from server.tools.python import PythonTool
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
+TOKENS = 24
+
+
+class InstantEngine:
+    """Says a turn in one piece: a call to a short prompt, an answer to a longer one."""
+
+    max_model_len = 4096
+    loaded: frozenset[AdapterRef] = frozenset()
+
+    async def stream(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, adapter: AdapterRef
+    ) -> AsyncIterator[Delta]:
+        text = CALL if len(prompt_ids) < 100 else "It is 5."
+        yield Delta((len(text),) * TOKENS, (-0.5,) * TOKENS, text, "stop")
+
+    async def load(self, adapter: Adapter) -> ProbeReport | None:
+        return None
+
+    async def unload(self, ref: AdapterRef) -> None:
+        pass
+
+    async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
+        return [-0.5] * (len(token_ids) - 1)
+
+    async def healthy(self) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass
+
+
+class InstantChat:
+    """Messages to made-up ids; tool calls are parsed as in earnest."""
+
+    def first_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
+        return [1] * 80
+
+    def next_prompt(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> list[int]:
+        return [*prompt_ids, *completion_ids, 2, 3]
+
+    def text(self, completion_ids: Sequence[int]) -> str:
+        return CALL if completion_ids[0] == len(CALL) else "It is 5."
+
+    def parse(self, text: str) -> ParsedTurn:
+        return parse_turn(text)
+
+
+class InstantRecorder:
+    """Keeps nothing."""
+
+    async def begin(self, episode: Episode) -> None:
+        pass
+
+    async def append_turn(self, episode_id: str, turn: Turn) -> None:
+        pass
+
+    async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
+        pass
+
+
+async def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def measure(runs: int, at_once: int) -> float:
+    """CPU seconds a turn."""
+    agent = Agent(AgentSpec(name="bench"), ToolBox([PythonTool(add)]))
+    engine, chat, recorder = InstantEngine(), InstantChat(), InstantRecorder()
+    messages = [{"role": "user", "content": "2 and 3?"}]
+    turns = 0
+
+    async def worker(first: int) -> None:
+        nonlocal turns
+        for number in range(first, runs, at_once):
+            ended, _ = await run_to_end(
+                agent,
+                RunRequest(messages, f"ep_{number}", "sum"),
+                engine=engine,
+                chat=chat,
+                adapter=AdapterRef("bench", 0),
+                recorder=recorder,
+            )
+            assert ended.output == "It is 5.", ended
+            turns += ended.turns
+
+    started = time.process_time()
+    await asyncio.gather(*(worker(first) for first in range(at_once)))
+    return (time.process_time() - started) / turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--at-once", type=int, default=200)
+    options = parser.parse_args()
+    for at_once in (1, options.at_once):
+        seconds = asyncio.run(measure(options.runs, at_once))
+        print(f"{at_once:4d} runs at once: {seconds * 1e6:6.0f} microseconds a turn")
+
+
+if __name__ == "__main__":
+    main()

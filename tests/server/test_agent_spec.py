@@ -1,0 +1,113 @@
+"""Agents' files: defaults, strictness, and messages that name the file and the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from feedback.spec import LearningSpec
+from server.agents.spec import AgentFileError, AgentSpec, load_agent, load_agents
+from server.tools.sources import OpenApiSource, PythonSource
+
+DESK = """
+name: desk
+system: You work at an order desk.
+tools:
+  - openapi: desk.json
+    base_url: http://127.0.0.1:9
+    operations: [find_orders, refund]
+    headers: {Authorization: "Bearer ${env:DESK_TOKEN}"}
+    timeout_seconds: 2.5
+  - python: examples.tools:today
+limits: {turns: 6}
+sampling: {max_tokens: 64}
+reward:
+  metrics: {success: {weight: 2}}
+training: {min_episodes: 16, learning_rate: 1.0e-3}
+"""
+
+
+def write(folder: Path, text: str, name: str = "desk.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    write(tmp_path, DESK)
+    write(tmp_path, "not: [an, agent", "notes.txt")
+    agents = load_agents(tmp_path)
+    assert list(agents) == ["desk"]
+    desk = agents["desk"]
+    openapi, python = desk.tools
+    assert isinstance(openapi, OpenApiSource)
+    assert openapi.openapi == str(tmp_path / "desk.json")
+    assert openapi.operations == ("find_orders", "refund")
+    assert isinstance(python, PythonSource)
+    assert (desk.limits.turns, desk.limits.tokens, desk.limits.seconds) == (6, 2048, 60)
+    assert (desk.sampling.temperature, desk.sampling.max_tokens) == (1.0, 64)
+
+
+def test_the_trainer_reads_the_same_learning_from_the_file(tmp_path: Path) -> None:
+    learning = load_agent(write(tmp_path, DESK)).learning
+    assert learning == LearningSpec.model_validate(
+        {
+            "policy": "desk",
+            "reward": {"metrics": {"success": {"weight": 2}}},
+            "training": {"min_episodes": 16, "learning_rate": 1e-3},
+        }
+    )
+
+
+def test_the_policy_may_have_a_name_of_its_own() -> None:
+    assert AgentSpec(name="desk").policy == "desk"
+    assert AgentSpec(name="desk", policy="shared").policy == "shared"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: desk\nlimits: {turn: 3}", "limits.turn: unknown key"),
+        ("system: hi", "name: is missing"),
+        ("name: Desk One", "name: String should match pattern"),
+        ("name: desk\nlimits: {turns: 0}", "limits.turns: Input should be greater than"),
+        ("name: desk\ntools: [{mcp: x}]", "needs one of the keys 'openapi' or 'python'"),
+        ("name: desk\ntools: [{python: nope}]", "tools.0.python.python: String should match"),
+        ("name: desk\ntools: [{openapi: a, timeout: 3}]", "tools.0.openapi.timeout: unknown key"),
+        ("name: desk\nreward: {metric: {}}", "reward.metric: unknown key"),
+        ("name: [", "cannot be read as YAML"),
+        ("- name", "is a list; expected keys"),
+        ("", "is a NoneType; expected keys"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(AgentFileError) as caught:
+        load_agents(tmp_path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+
+
+def test_secrets_are_neither_printed_nor_quoted_in_errors(tmp_path: Path) -> None:
+    good = write(tmp_path, "name: a\ntools: [{openapi: http://x, headers: {Key: s3cret}}]")
+    assert "s3cret" not in repr(load_agent(good))
+    bad = write(tmp_path, "name: a\ntools: [{openapi: http://x, headers: {Key: [s3cret]}}]")
+    with pytest.raises(AgentFileError) as caught:
+        load_agent(bad)
+    assert "tools.0.openapi.headers.Key" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_two_files_must_not_contradict_each_other(tmp_path: Path) -> None:
+    write(tmp_path, "name: one", "1.yaml")
+    write(tmp_path, "name: two\npolicy: one", "2.yml")
+    assert list(load_agents(tmp_path)) == ["one", "two"]
+    write(tmp_path, "name: two\npolicy: one\ntraining: {epochs: 2}", "2.yml")
+    with pytest.raises(AgentFileError, match=r"2\.yml: policy: 'one' is also the policy of .*1\."):
+        load_agents(tmp_path)
+    write(tmp_path, "name: one", "2.yml")
+    with pytest.raises(AgentFileError, match=r"2\.yml: name: 'one' is already the name in .*1\."):
+        load_agents(tmp_path)
+    with pytest.raises(AgentFileError, match="is not a folder"):
+        load_agents(tmp_path / "none")
