@@ -1,0 +1,187 @@
+"""The composition root: builds every part of a server, in the one order that works, and the app.
+
+Nothing else constructs engines, stores or clients. What the parts do is their own business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from feedback.log import Log
+from feedback.store import Store
+from policy.base_model import BaseModel, resolve_base_model
+from policy.chat import ChatFormat, load_chat_format
+from policy.engine import Engine
+from policy.generation import OnGeneration
+from policy.leases import Leases
+from policy.registry import Registry
+from policy.releases import Releases
+from server.agents.run import Agent
+from server.agents.spec import load_agents
+from server.errors import install_error_handlers
+from server.middleware import BearerKey, BoundedBody, RequestIds
+from server.plain_http import PlainEpisodes, PlainServices, SampledReply, collect
+from server.plain_traffic import PlainTraffic
+from server.release_controller import ReleaseController
+from server.routes import agents, episodes, feedback, health, models, policies, training
+from server.routing import Routing
+from server.services import Services
+from server.settings import Settings
+from server.supervisor import Supervisor
+from server.tools.box import open_toolbox
+
+logger = logging.getLogger("hone.server")
+
+
+class OpenAiRoutes(Protocol):
+    """Mounts the engine's own OpenAI routes; each generation is reported to `on_generation`."""
+
+    def __call__(
+        self, app: FastAPI, engine: Engine, base_name: str, on_generation: OnGeneration
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts that depend on what the machine can run; tests give lighter ones."""
+
+    engine: Callable[[BaseModel, Settings], Engine]
+    openai_routes: OpenAiRoutes
+    base_model: Callable[[str], BaseModel] = resolve_base_model
+    chat: Callable[[Path], ChatFormat] = load_chat_format
+    trainer: Sequence[str] = (sys.executable, "-m", "trainer")
+    """Command of the trainer's process."""
+
+
+def vllm_parts() -> Parts:
+    """The real engine. Imports vllm, which takes seconds."""
+    from policy import vllm_engine  # noqa: PLC0415 - only a serving process pays for it
+
+    def engine(base: BaseModel, settings: Settings) -> Engine:
+        return vllm_engine.create_vllm_engine(base.path, settings.model, settings.engine)
+
+    def routes(app: FastAPI, engine: Engine, base_name: str, on_generation: OnGeneration) -> None:
+        if not isinstance(engine, vllm_engine.VllmEngine):
+            raise TypeError(f"engine is a {type(engine).__name__}; these routes are vLLM's")
+        vllm_engine.attach_openai_routes(
+            app, engine, base_name=base_name, on_generation=on_generation
+        )
+
+    return Parts(engine=engine, openai_routes=routes)
+
+
+def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
+    """The server as an ASGI app; its lifespan starts and stops everything else."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.services = await _start(app, settings, parts or vllm_parts(), stack)
+            yield
+            app.state.services = None
+
+    app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
+    install_error_handlers(app)
+    for module in (health, models, agents, feedback, episodes, policies, training):
+        app.include_router(module.router)
+
+    key = settings.http.api_key
+    # The last one added runs first.
+    app.add_middleware(PlainEpisodes, services=lambda: _plain_services(app))
+    app.add_middleware(BoundedBody, max_bytes=settings.http.max_body_bytes)
+    app.add_middleware(BearerKey, key=None if key is None else key.get_secret_value())
+    app.add_middleware(RequestIds)
+    return app
+
+
+async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExitStack) -> Services:
+    base = parts.base_model(settings.model.path)
+    specs = load_agents(settings.agents) if settings.agents.is_dir() else {}
+
+    # The engine first: it forks, which is only safe before any thread exists.
+    engine = parts.engine(base, settings)
+    stack.push_async_callback(engine.close)
+
+    store = Store.open(settings.storage.database)
+    stack.callback(store.close)
+    interrupted = store.interrupt_running()
+    if interrupted:
+        logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
+    log = Log(store)
+    stack.push_async_callback(asyncio.to_thread, log.close)
+
+    chat = parts.chat(base.path)
+    registry = Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank)
+    releases, leases = Releases(store.database), Leases()
+    controller = ReleaseController(
+        engine, registry, releases, leases, slots=settings.engine.max_loras
+    )
+    await controller.start()
+    stack.push_async_callback(controller.stop)
+
+    base_name = base.path.name if settings.model.path != "pocket" else "pocket"
+    routing = Routing(base_name, {a.name: a.policy for a in specs.values()}, controller)
+    plain = PlainTraffic(
+        log, idle_seconds=settings.http.episode_idle_seconds, is_reply=SampledReply(chat.parse)
+    )
+    plain.start()
+    stack.push_async_callback(plain.stop)
+    parts.openai_routes(app, engine, base_name, collect)
+
+    served: dict[str, Agent] = {}
+    for name, spec in specs.items():
+        tools = await open_toolbox(spec.tools)
+        stack.push_async_callback(tools.aclose)
+        served[name] = Agent(spec, tools)
+
+    trainer = None
+    if settings.trainer.enabled and served:
+        trainer = Supervisor("trainer", parts.trainer, _trainer_environment(settings))
+        trainer.start()
+        stack.push_async_callback(trainer.stop)
+    return Services(
+        settings=settings,
+        base_name=base_name,
+        engine=engine,
+        chat=chat,
+        store=store,
+        log=log,
+        registry=registry,
+        releases=releases,
+        leases=leases,
+        controller=controller,
+        routing=routing,
+        plain=plain,
+        agents=served,
+        trainer=trainer,
+    )
+
+
+def _trainer_environment(settings: Settings) -> Mapping[str, str]:
+    http = settings.http
+    variables = settings.shared_environment()
+    # Where held-out tasks find this server.
+    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host  # noqa: S104 - compared
+    variables["HONE_TRAINER__BASE_URL"] = f"http://{host}:{http.port}"
+    if http.api_key is not None:
+        variables["HONE_HTTP__API_KEY"] = http.api_key.get_secret_value()
+    variables["PYTHONUNBUFFERED"] = "1"
+    return variables
+
+
+def _plain_services(app: FastAPI) -> PlainServices:
+    services: Services = app.state.services
+
+    async def is_recorded(episode_id: str) -> bool:
+        return await asyncio.to_thread(services.store.episode, episode_id) is not None
+
+    return PlainServices(services.plain, services.routing, services.controller, is_recorded)

@@ -1,0 +1,191 @@
+"""The command line `hone`: names, flags and help. What each command does is in `server.commands`.
+
+Flags are derived from the settings tree; anything without a flag is set by `--set section.key=...`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+
+from server.commands import views
+from server.commands.client import Client, CommandError
+from server.settings import Settings, described, load_settings
+
+app = typer.Typer(
+    name="hone",
+    help="Serve agents that learn from outcomes: vLLM, hot-swappable LoRA, a trainer beside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFlag = Annotated[Path | None, typer.Option("--config", help=described("config"))]
+UrlFlag = Annotated[
+    str | None, typer.Option("--url", envvar="HONE_URL", help="The server; default: as configured.")
+]
+
+
+def main() -> None:
+    """Entry point: what an operator can mend is one line and status 1, not a traceback."""
+    try:
+        app()
+    except CommandError as error:
+        _fail(str(error))
+
+
+@app.command()
+def serve(
+    *,
+    config: ConfigFlag = None,
+    model: Annotated[str | None, typer.Option(help=described("model.path"))] = None,
+    agents: Annotated[Path | None, typer.Option(help=described("agents"))] = None,
+    host: Annotated[str | None, typer.Option(help=described("http.host"))] = None,
+    port: Annotated[int | None, typer.Option(help=described("http.port"))] = None,
+    trainer: Annotated[
+        bool | None, typer.Option("--trainer/--no-trainer", help=described("trainer.enabled"))
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting.")
+    ] = None,
+) -> None:
+    """Serve the base model, its policies and its agents, and train in the background."""
+    flags: dict[str, Any] = {
+        "config": config,
+        "model.path": model,
+        "agents": agents,
+        "http.host": host,
+        "http.port": port,
+        "trainer.enabled": trainer,
+        **_assignments(set_ or []),
+    }
+    settings = _settings(flags)
+    # Imported here: the other commands should not wait for the serving stack.
+    from server.commands import serve as serving  # noqa: PLC0415
+
+    try:
+        serving.serve(settings)
+    except serving.START_ERRORS as error:
+        raise CommandError(str(error)) from error
+    # Everything is stopped; tearing down an interpreter that holds torch takes seconds more.
+    logging.shutdown()
+    os._exit(0)
+
+
+@app.command()
+def status(config: ConfigFlag = None, url: UrlFlag = None) -> None:
+    """What is live, and whether it is learning; if not, why not yet."""
+    client = _client(config, url)
+    training = client.get("/v1/training")
+    trained = {policy["policy"] for policy in training["policies"]}
+    policies = [p for p in client.get("/v1/policies")["data"] if p["id"] not in trained]
+    _print(views.status_view(training, policies, client.get("/v1/models")["data"]))
+
+
+@app.command()
+def releases(policy: str, config: ConfigFlag = None, url: UrlFlag = None) -> None:
+    """The versions of POLICY, where they came from, and what happened to them."""
+    _print(views.releases_view(_client(config, url).get(f"/v1/policies/{policy}")))
+
+
+@app.command()
+def rollback(
+    policy: str,
+    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "asked at the terminal",
+    to: Annotated[int | None, typer.Option(help="Version; default: the one before.")] = None,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Take the live version of POLICY back; new episodes take the earlier one at once."""
+    body = {"reason": reason, **({} if to is None else {"to": to})}
+    done = _client(config, url).post(f"/v1/policies/{policy}/rollback", body)
+    _print(f"[bold]{done['from']}[/] is rolled back; [bold green]{done['live']}[/] is live")
+
+
+@app.command()
+def episodes(
+    policy: Annotated[str | None, typer.Option(help="Only this policy's.")] = None,
+    agent: Annotated[str | None, typer.Option(help="Only this agent's.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500)] = 20,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """The latest episodes."""
+    found = _client(config, url).get("/v1/episodes", policy=policy, agent=agent, limit=limit)
+    _print(views.episodes_view(found["data"]))
+
+
+@app.command()
+def episode(episode_id: str, config: ConfigFlag = None, url: UrlFlag = None) -> None:
+    """One episode: its turns, its tools' answers, its feedback and reward."""
+    _print(views.episode_view(_client(config, url).get(f"/v1/episodes/{episode_id}")))
+
+
+@app.command()
+def feedback(
+    episode_id: str,
+    value: float,
+    *,
+    metric: Annotated[str, typer.Option(help="Which outcome.")] = "success",
+    comment: Annotated[str | None, typer.Option(help="Kept in the record.")] = None,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Say how good an episode was, for example `hone feedback ep_... 1`."""
+    said = {"episode_id": episode_id, "value": value, "metric": metric, "source": "cli"}
+    client = _client(config, url)
+    receipt = client.post("/v1/feedback", said | ({"comment": comment} if comment else {}))
+    parked = "; no such episode yet, it is kept for when there is one" if receipt["parked"] else ""
+    _print(f"{receipt['status']} as {receipt['event_id']}{parked}")
+
+
+@app.command()
+def train(config: ConfigFlag = None) -> None:
+    """Train once on what is ready, without a server; progress is shown."""
+    settings = _settings({"config": config})
+    command = [sys.executable, "-m", "trainer", "--once"]
+    done = subprocess.run(  # noqa: S603 - our own module
+        command, env={**os.environ, **settings.shared_environment()}, check=False
+    )
+    raise typer.Exit(done.returncode)
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for key, equals, _ in pairs:
+        if not equals or not key:
+            raise CommandError(f"--set is {key!r}; expected section.key=value")
+    return {key: value for key, _, value in pairs}
+
+
+def _settings(flags: dict[str, Any]) -> Settings:
+    try:
+        return load_settings(flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CommandError(f"setting {place or 'of this server'}: {first['msg']}") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(f"settings: {error}") from error
+
+
+def _client(config: Path | None, url: str | None) -> Client:
+    return Client(_settings({"config": config}), url)
+
+
+def _print(shown: Any) -> None:
+    Console().print(shown)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error[/] {escape(message)}")
+    sys.exit(1)

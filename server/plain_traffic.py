@@ -1,0 +1,238 @@
+"""Episodes from plain chat traffic: which call belongs to which, and when each is over.
+
+A client names the episode, or its calls join the open one whose conversation they extend. HTTP is
+`server.plain_http`'s; what a generation is, the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from feedback.errors import RecordError
+from feedback.types import Episode, Purpose, Turn
+from policy.generation import Generation
+from policy.types import AdapterRef
+from server.errors import Conflict
+
+logger = logging.getLogger("hone.episodes")
+
+MAX_OPEN = 10_000
+"""Open episodes that are remembered; past it the one that is idle longest ends."""
+
+
+class Recorder(Protocol):
+    """What is needed of the log; `feedback.log.Log` fits."""
+
+    async def begin(self, episode: Episode) -> None: ...
+    async def append_turn(self, episode_id: str, turn: Turn) -> None: ...
+    async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None: ...
+
+
+class ReplyReader(Protocol):
+    """Says whether an assistant message is what was sampled; `server.plain_http` has one."""
+
+    def __call__(self, text: str, message: Mapping[str, Any]) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """One plain request, as far as it tells which episode it belongs to."""
+
+    caller: str
+    """Key and user and model name: only calls of one caller join."""
+    adapter: AdapterRef
+    """What a new episode would take."""
+    is_pinned: bool
+    messages: Sequence[Mapping[str, Any]]
+    episode_id: str | None = None
+    task_key: str | None = None
+    purpose: Purpose = "live"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class OpenEpisode:
+    """An episode that may get more turns."""
+
+    id: str
+    caller: str
+    adapter: AdapterRef
+    task_key: str
+    purpose: Purpose
+    metadata: Mapping[str, str]
+    digests: tuple[str, ...] = ()
+    """Of the messages of its last call, one each."""
+    reply: str = ""
+    """What was sampled last."""
+    n_turns: int = 0
+    active: int = 0
+    """Calls that are running."""
+    touched_at: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class PlainTraffic:
+    """The open episodes of plain traffic, by id."""
+
+    def __init__(self, log: Recorder, *, idle_seconds: float, is_reply: ReplyReader) -> None:
+        self._log = log
+        self._idle_seconds = idle_seconds
+        self._is_reply = is_reply
+        self._open: dict[str, OpenEpisode] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        """End what is open: after a restart no call could be joined to it."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for episode in list(self._open.values()):
+            await self.end(episode, "interrupted")
+
+    def is_open(self, episode_id: str) -> bool:
+        return episode_id in self._open
+
+    def join(self, call: ChatCall) -> OpenEpisode:
+        """The episode of this call, marked as active; nothing is recorded until it generates.
+
+        Raises Conflict if it names an open episode of another caller or adapter.
+        """
+        digests = tuple(_digest(message) for message in call.messages)
+        if call.episode_id is not None:
+            episode = self._open.get(call.episode_id)
+            if episode is not None:
+                _check_same(episode, call)
+        else:
+            episode = self._extended_by(call, digests)
+        if episode is None:
+            episode = self._opened(call, digests)
+        episode.active += 1
+        episode.digests = digests
+        self._open[episode.id] = self._open.pop(episode.id, episode)  # youngest last
+        return episode
+
+    def leave(self, episode: OpenEpisode) -> None:
+        """The call is over; an episode that never generated is forgotten."""
+        episode.active -= 1
+        episode.touched_at = time.monotonic()
+        if not episode.active and not episode.n_turns:
+            self._open.pop(episode.id, None)
+
+    async def record(self, episode: OpenEpisode, generation: Generation) -> None:
+        """Append one generation as the next turn, durably. Raises RecordError."""
+        async with episode.lock:
+            if not episode.n_turns:
+                await self._begin(episode, generation)
+            await self._log.append_turn(episode.id, _turn(episode.n_turns, generation))
+            episode.n_turns += 1
+            episode.reply = generation.text
+
+    async def end(self, episode: OpenEpisode, stop_reason: str) -> None:
+        """No more turns: the episode's reward may mature."""
+        self._open.pop(episode.id, None)
+        if episode.n_turns:
+            try:
+                await self._log.end(episode.id, stop_reason, time.time())
+            except RecordError as error:
+                logger.error("episode %s could not be ended: %s", episode.id, error)
+
+    async def _begin(self, episode: OpenEpisode, generation: Generation) -> None:
+        await self._log.begin(
+            Episode(
+                id=episode.id,
+                policy=episode.adapter.policy,
+                version=episode.adapter.version,
+                task_key=episode.task_key,
+                started_at=generation.started_at,
+                purpose=episode.purpose,
+                temperature=generation.sampling.temperature,
+                metadata=episode.metadata,
+            )
+        )
+
+    def _opened(self, call: ChatCall, digests: tuple[str, ...]) -> OpenEpisode:
+        # The same opening is the same task, so that repeated questions share a baseline.
+        opening = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+        return OpenEpisode(
+            id=call.episode_id or f"ep_{secrets.token_hex(10)}",
+            caller=call.caller,
+            adapter=call.adapter,
+            task_key=call.task_key or f"chat/{opening}",
+            purpose=call.purpose,
+            metadata=call.metadata,
+            touched_at=time.monotonic(),
+        )
+
+    def _extended_by(self, call: ChatCall, digests: tuple[str, ...]) -> OpenEpisode | None:
+        """The youngest open episode whose last call and reply begin this conversation."""
+        for episode in reversed(self._open.values()):
+            known = len(episode.digests)
+            if (
+                episode.caller == call.caller
+                and not episode.active
+                and 0 < known < len(digests)
+                and digests[:known] == episode.digests
+                and self._is_reply(episode.reply, call.messages[known])
+            ):
+                return episode
+        return None
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._idle_seconds / 4))
+            oldest = time.monotonic() - self._idle_seconds
+            excess = len(self._open) - MAX_OPEN
+            for position, episode in enumerate(list(self._open.values())):
+                if not episode.active and (episode.touched_at < oldest or position < excess):
+                    await self.end(episode, "idle")
+
+
+def _check_same(episode: OpenEpisode, call: ChatCall) -> None:
+    same_adapter = episode.adapter == call.adapter if call.is_pinned else True
+    same_policy = episode.adapter.policy == call.adapter.policy
+    if episode.caller.split("\0")[0] != call.caller.split("\0")[0] or not same_policy:
+        raise Conflict(
+            f"episode {episode.id!r} is open for policy {episode.adapter.policy!r}; a call to "
+            f"{call.adapter.policy!r} needs an episode of its own",
+            code="episode_conflict",
+            param="metadata.episode_id",
+        )
+    if not same_adapter:
+        raise Conflict(
+            f"episode {episode.id!r} began with {episode.adapter} and keeps it; this call pins "
+            f"{call.adapter}, so give it another episode_id",
+            code="episode_conflict",
+            param="model",
+        )
+
+
+def _turn(index: int, generation: Generation) -> Turn:
+    return Turn(
+        index=index,
+        prompt_ids=generation.prompt_ids,
+        token_ids=generation.token_ids,
+        logprobs=generation.logprobs,
+        text=generation.text,
+        stop_reason=generation.stop_reason,
+        started_at=generation.started_at,
+        seconds=generation.seconds,
+    )
+
+
+def _digest(message: Mapping[str, Any]) -> str:
+    # Clients repeat a message with or without its null fields.
+    said = {key: value for key, value in message.items() if value is not None}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""Makes traffic follow the release events: loads, proves, routes, drains and unloads versions.
+
+The events are written by others (the trainer, a rollback by HTTP or CLI, another process); this
+controller polls them, and is nudged by a local rollback. It never decides what deserves to be live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from policy.engine import AdapterRefused, Engine, EngineDead
+from policy.leases import Leases
+from policy.registry import AdapterInvalid, Registry, RegistryError
+from policy.releases import (
+    ReleaseConflict,
+    ReleaseError,
+    Releases,
+    ReleaseState,
+    ReleaseStateName,
+)
+from policy.types import AdapterRef, ProbeReport
+from server.errors import NotFound, Unavailable
+
+logger = logging.getLogger("hone.releases")
+
+ACTOR = "server"
+ROOM_SECONDS = 10.0
+"""How long a pinned request waits for an adapter slot before it is told to come back."""
+
+
+class NoRoom(Exception):
+    """Every adapter slot is in use; room comes when a lease ends."""
+
+
+class ReleaseController:
+    """Which versions are resident, and which one new episodes of each policy take."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        releases: Releases,
+        leases: Leases,
+        *,
+        slots: int,
+        poll_seconds: float = 0.2,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._releases = releases
+        self._leases = leases
+        self._slots = slots
+        self._poll_seconds = poll_seconds
+        self._live: dict[str, AdapterRef] = {}
+        self._kept: frozenset[AdapterRef] = frozenset()
+        self._spare: frozenset[AdapterRef] = frozenset()
+        self._unloading: set[AdapterRef] = set()
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bring the engine to the recorded state, then follow it in the background."""
+        await self.reconcile()
+        self._task = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def live(self, policy: str) -> AdapterRef:
+        """What a new episode of `policy` takes now: always resident. The base model by default."""
+        return self._live.get(policy, AdapterRef(policy, 0))
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Policies with release events."""
+        return tuple(sorted(self._live))
+
+    @property
+    def resident(self) -> frozenset[AdapterRef]:
+        return self._engine.loaded
+
+    async def hold(self, ref: AdapterRef) -> ExitStack:
+        """A lease on `ref`, loaded if it was not; close it (or use `with`) to let it drain.
+
+        Raises NotFound for a version that is not to be served, Unavailable without a free slot.
+        """
+        if not self._is_routable(ref):
+            await self._fetch(ref)
+        # No await between the check and the lease: an unload could slip in.
+        lease = ExitStack()
+        lease.enter_context(self._leases.hold(ref))
+        return lease
+
+    async def reconcile(self) -> None:
+        """One pass: follow every policy's events, then unload what nothing needs."""
+        async with self._lock:
+            states = await asyncio.to_thread(self._read)
+            settled = [await self._settle(state) for state in states]
+            self._kept = frozenset(ref for state in settled for ref in _kept(state))
+            self._spare = frozenset(state.previous for state in settled)
+            for ref in self._engine.loaded - self._kept - self._spare:
+                await self._unload(ref)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await self.reconcile()
+            except EngineDead:
+                logger.critical("the engine is dead; no release can be followed")
+                return
+            except Exception:
+                # A locked database or a full disk passes; traffic goes on with what is resident.
+                logger.exception("could not follow the release events; trying again")
+
+    def _read(self) -> list[ReleaseState]:
+        return [self._releases.state(policy) for policy in self._releases.policies()]
+
+    async def _settle(self, state: ReleaseState) -> ReleaseState:
+        """Make one policy's traffic what its events say; returns the state after our own events."""
+        state = await self._settle_live(state)
+        for ref in (*state.candidates, *state.loaded):
+            if ref not in self._engine.loaded:
+                await self._prove(ref, is_new=ref in state.candidates)
+        return await asyncio.to_thread(self._releases.state, state.policy)
+
+    async def _settle_live(self, state: ReleaseState) -> ReleaseState:
+        while not self._is_routable(state.live):
+            try:
+                await self._load(state.live)
+            except NoRoom:
+                logger.warning("%s is live, but no adapter slot is free yet", state.live)
+                return state
+            except AdapterRefused as error:
+                if isinstance(error.__cause__, AdapterInvalid):
+                    # Of another base model: a wrong setting must not condemn the version for ever.
+                    raise
+                state = await asyncio.to_thread(self._take_back, state, str(error))
+        if self._live.get(state.policy) != state.live:
+            logger.info("new episodes of %s take %s", state.policy, state.live)
+            self._live[state.policy] = state.live
+        return state
+
+    def _take_back(self, state: ReleaseState, reason: str) -> ReleaseState:
+        """A live version that cannot be served: back to the one before it, with the reason."""
+        policy, version = state.policy, state.live.version
+        logger.error("%s cannot be served and is rolled back: %s", state.live, reason)
+        with contextlib.suppress(ReleaseConflict):
+            self._releases.rollback(policy, actor=ACTOR, reason=reason, expected_live=version)
+            self._releases.record(policy, version, "rejected", actor=ACTOR, reason=reason)
+        return self._releases.state(policy)
+
+    async def _prove(self, ref: AdapterRef, *, is_new: bool) -> None:
+        try:
+            report = await self._load(ref)
+        except NoRoom:
+            logger.info("%s waits for an adapter slot", ref)
+            return
+        except AdapterRefused as error:
+            logger.error("%s is rejected: %s", ref, error)
+            await self._record(ref, "rejected", str(error), {})
+            return
+        if is_new:
+            figures = {} if report is None else _figures(report)
+            logger.info("%s is loaded %s", ref, figures)
+            await self._record(ref, "loaded", "the engine's probe passed", figures)
+
+    async def _record(
+        self, ref: AdapterRef, state: ReleaseStateName, reason: str, figures: dict[str, float]
+    ) -> None:
+        record = functools.partial(self._releases.record, actor=ACTOR, reason=reason)
+        try:
+            await asyncio.to_thread(record, ref.policy, ref.version, state, figures=figures)
+        except ReleaseError as error:
+            # Another process moved it on meanwhile; the next pass follows what it wrote.
+            logger.info("%s: %s", ref, error)
+
+    def _is_routable(self, ref: AdapterRef) -> bool:
+        return ref.is_base or (ref in self._engine.loaded and ref not in self._unloading)
+
+    async def _load(self, ref: AdapterRef) -> ProbeReport | None:
+        """Verify and load, making room first. Raises AdapterRefused, saying why, or NoRoom."""
+        try:
+            adapter = await asyncio.to_thread(self._registry.verify, ref)
+        except RegistryError as error:
+            raise AdapterRefused(str(error)) from error
+        await self._make_room()
+        return await self._engine.load(adapter)
+
+    async def _make_room(self) -> None:
+        if len(self._engine.loaded) < self._slots:
+            return
+        idle = [r for r in self._engine.loaded - self._kept if not self._leases.count(r)]
+        for ref in sorted(idle, key=lambda ref: (ref in self._spare, ref)):
+            await self._unload(ref)
+            return
+        raise NoRoom
+
+    async def _unload(self, ref: AdapterRef) -> None:
+        """Forget `ref`, unless a request uses it: then a later pass will."""
+        if self._leases.count(ref):
+            return
+        self._unloading.add(ref)
+        try:
+            await self._engine.unload(ref)
+            logger.info("%s is unloaded", ref)
+        finally:
+            self._unloading.discard(ref)
+
+    async def _fetch(self, ref: AdapterRef) -> None:
+        """Load a version that a pinned request or an older episode asks for."""
+        state = await asyncio.to_thread(self._releases.state, ref.policy)
+        status = state.states.get(ref.version)
+        if status is None or status == "rejected":
+            raise NotFound(
+                f"model {str(ref)!r} {'does not exist' if status is None else 'was rejected'}; "
+                f"see GET /v1/policies/{ref.policy}",
+                code="model_not_found",
+                param="model",
+            )
+        deadline = asyncio.get_running_loop().time() + ROOM_SECONDS
+        while not self._is_routable(ref):
+            try:
+                async with self._lock:
+                    await self._load(ref)
+            except NoRoom:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Unavailable(
+                        f"no adapter slot is free for {ref}; try again, or raise engine.max_loras",
+                        code="no_adapter_slot",
+                    ) from None
+                await asyncio.sleep(self._poll_seconds)
+            except AdapterRefused as error:
+                raise NotFound(str(error), code="model_not_found", param="model") from error
+
+
+def _kept(state: ReleaseState) -> Iterable[AdapterRef]:
+    return (state.live, *state.candidates, *state.loaded)
+
+
+def _figures(report: ProbeReport) -> dict[str, float]:
+    return {"parity_gap": report.largest_gap, "shift": report.largest_shift}

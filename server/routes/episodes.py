@@ -1,0 +1,93 @@
+"""`/v1/episodes`: what was recorded, and what it is worth by now."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from feedback.episodes import EpisodeSummary
+from feedback.reward import reward_of
+from feedback.types import Episode, FeedbackEvent, Purpose
+from server.errors import NotFound
+from server.services import TENANT, Services, ServicesOf
+from server.wire import episode_json, recorded_turn_json
+
+router = APIRouter(prefix="/v1/episodes", tags=["episodes"])
+
+
+class EpisodeQuery(BaseModel):
+    """Which episodes to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: str | None = Field(None, max_length=128)
+    agent: str | None = Field(None, max_length=128)
+    purpose: Purpose | None = None
+    version: int | None = Field(None, ge=0, le=10**9)
+    limit: int = Field(50, ge=1, le=500)
+    before: str | None = Field(None, max_length=128, description="Last id of the page before.")
+
+
+@router.get("")
+async def list_episodes(
+    services: ServicesOf, query: Annotated[EpisodeQuery, Query()]
+) -> dict[str, Any]:
+    """Newest first."""
+    summaries = await asyncio.to_thread(
+        services.store.episodes,
+        tenant=TENANT,
+        policy=query.policy,
+        agent=query.agent,
+        purpose=query.purpose,
+        version=query.version,
+        limit=query.limit + 1,
+        before=query.before,
+    )
+    data = [_summary(summary) for summary in summaries[: query.limit]]
+    return {"object": "list", "data": data, "has_more": len(summaries) > query.limit}
+
+
+@router.get("/{episode_id}")
+async def get_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
+    """One episode with its turns, feedback and reward."""
+    found = await asyncio.to_thread(_read, services, episode_id)
+    if found is None:
+        raise NotFound(
+            f"episode {episode_id[:140]!r} does not exist; GET /v1/episodes lists those that do",
+            code="episode_not_found",
+            param="episode_id",
+        )
+    episode, events = found
+    spec = services.learning(episode.policy, episode.agent).reward
+    reward = reward_of(spec, events, episode.ended_at, time.time())
+    return {
+        **episode_json(episode),
+        "temperature": episode.temperature,
+        "metadata": dict(episode.metadata),
+        "reward": {"value": reward.value, "reason": reward.reason},
+        "feedback": [_event(event) for event in events],
+        "turns": [recorded_turn_json(turn) for turn in episode.turns],
+    }
+
+
+def _read(services: Services, episode_id: str) -> tuple[Episode, list[FeedbackEvent]] | None:
+    episode = services.store.episode(episode_id, tenant=TENANT)
+    if episode is None:
+        return None
+    return episode, services.store.feedback(episode_id, tenant=TENANT)
+
+
+def _summary(summary: EpisodeSummary) -> dict[str, Any]:
+    counts = {"n_turns": summary.n_turns, "n_tokens": summary.n_tokens}
+    return {**episode_json(summary), **counts, "feedback": dict(summary.feedback)}
+
+
+def _event(event: FeedbackEvent) -> dict[str, Any]:
+    shown = dataclasses.asdict(event)
+    del shown["tenant"], shown["episode_id"]
+    return shown

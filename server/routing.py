@@ -1,0 +1,127 @@
+"""What a model name means: the base model, a policy's live version, a pinned version, or an agent.
+
+Names are resolved once, when an episode begins; the release controller says what is live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from policy.types import AdapterRef
+from server.errors import BadRequest, NotFound
+
+BASE_POLICY = "base"
+"""The policy under which traffic to the bare base model is logged; it is never trained."""
+
+
+class ReservedName(ValueError):
+    """A policy has the base model's name; clients could not tell them apart."""
+
+
+class Live(Protocol):
+    """What is needed of the release controller."""
+
+    @property
+    def policies(self) -> tuple[str, ...]: ...
+    @property
+    def resident(self) -> frozenset[AdapterRef]: ...
+    def live(self, policy: str) -> AdapterRef: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a new episode goes."""
+
+    adapter: AdapterRef
+    is_pinned: bool
+    """The client named the version itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One name that clients may give as `model`, as `/v1/models` lists it."""
+
+    id: str
+    kind: str
+    """base, policy, version or agent."""
+    adapter: AdapterRef | None = None
+    agent: str | None = None
+
+
+class Routing:
+    """Model names of this server. `agents` maps an agent's name to its policy's."""
+
+    def __init__(self, base_name: str, agents: Mapping[str, str], live: Live) -> None:
+        """Raises ReservedName."""
+        for agent, policy in agents.items():
+            if policy in (base_name, BASE_POLICY):
+                raise ReservedName(
+                    f"agent {agent!r} has policy {policy!r}, which is the base model's name; "
+                    "give the policy another one"
+                )
+        self._base_name = base_name
+        self._agents = agents
+        self._live = live
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Every policy that an agent has or that has a release."""
+        return tuple(sorted({*self._agents.values(), *self._live.policies}))
+
+    def resolve(self, model: str) -> Route:
+        """The adapter of a new plain episode.
+
+        Raises NotFound for an unknown name, BadRequest for an agent's that is no policy's.
+        """
+        if model in (self._base_name, BASE_POLICY):
+            return Route(AdapterRef(BASE_POLICY, 0), is_pinned=True)
+        if model in self.policies:
+            return Route(self._live.live(model), is_pinned=False)
+        if "@" in model:
+            return Route(self.pinned(model), is_pinned=True)
+        if model in self._agents:
+            raise BadRequest(
+                f"{model!r} is an agent: run it with POST /v1/agents/{model}/runs, or chat with "
+                f"its policy {self._agents[model]!r}",
+                code="model_is_an_agent",
+                param="model",
+            )
+        raise self._unknown(model)
+
+    def pinned(self, model: str) -> AdapterRef:
+        """Read `policy@vN`. Raises NotFound unless the policy is known."""
+        try:
+            ref = AdapterRef.parse(model)
+        except ValueError:
+            raise self._unknown(model) from None
+        if ref.policy not in self.policies:
+            raise self._unknown(model)
+        return ref
+
+    def engine_name(self, ref: AdapterRef) -> str:
+        """What the engine's own routes call this adapter."""
+        return self._base_name if ref.policy == BASE_POLICY else str(ref)
+
+    def models(self) -> list[Model]:
+        """All names, the base model first."""
+        listed = [Model(self._base_name, "base")]
+        for policy in self.policies:
+            agent = policy if policy in self._agents else None
+            listed.append(Model(policy, "policy", self._live.live(policy), agent))
+        listed += [Model(str(ref), "version", ref) for ref in sorted(self._live.resident)]
+        listed += [
+            Model(agent, "agent", self._live.live(policy), agent)
+            for agent, policy in sorted(self._agents.items())
+            if agent not in self.policies
+        ]
+        return listed
+
+    def _unknown(self, model: str) -> NotFound:
+        known = ", ".join(repr(name) for name in (self._base_name, *self.policies))
+        return NotFound(
+            f"model {model[:140]!r} does not exist; expected one of {known}, or POLICY@vN",
+            code="model_not_found",
+            param="model",
+        )

@@ -1,0 +1,71 @@
+"""What a running server consists of, as its routes see it. Built by `server.app` alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from feedback.log import Log
+from feedback.spec import LearningSpec
+from feedback.store import Store
+from policy.chat import ChatFormat
+from policy.engine import Engine
+from policy.leases import Leases
+from policy.registry import Registry
+from policy.releases import Releases
+from server.agents.run import Agent
+from server.errors import Unavailable
+from server.plain_traffic import PlainTraffic
+from server.release_controller import ReleaseController
+from server.routing import Routing
+from server.settings import Settings
+from server.supervisor import Supervisor
+
+TENANT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Every part of a server that has started."""
+
+    settings: Settings
+    base_name: str
+    """What clients call the base model."""
+    engine: Engine
+    chat: ChatFormat
+    store: Store
+    log: Log
+    registry: Registry
+    releases: Releases
+    leases: Leases
+    controller: ReleaseController
+    routing: Routing
+    plain: PlainTraffic
+    agents: Mapping[str, Agent]
+    trainer: Supervisor | None
+    """None when the server runs no trainer."""
+    started_at: float = field(default_factory=time.time)
+
+    def learning(self, policy: str, agent: str | None = None) -> LearningSpec:
+        """What counts as reward, and when to train: the agent's word, else its policy's first."""
+        if agent is not None and agent in self.agents:
+            return self.agents[agent].spec.learning
+        for served in self.agents.values():
+            if served.spec.policy == policy:
+                return served.spec.learning
+        return LearningSpec(policy=policy)
+
+
+def get_services(request: Request) -> Services:
+    """The services of this app. Raises Unavailable until they are up."""
+    services = getattr(request.app.state, "services", None)
+    if not isinstance(services, Services):
+        raise Unavailable("the server is starting or stopping; try again", code="starting")
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(get_services)]

@@ -1,0 +1,71 @@
+"""How turns and episodes look to clients, and the checks that several requests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from feedback.episodes import EpisodeSummary
+from feedback.types import Episode, Turn
+
+EPISODE_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
+EPISODE_HEADER = "x-hone-episode"
+MAX_METADATA = 4096
+"""Bytes of an episode's metadata."""
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity in it as None: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [finite(item) for item in value]
+    return value
+
+
+def turn_json(turn: Turn) -> dict[str, Any]:
+    """A turn as a client of an agent sees it: what was said and done."""
+    return {
+        "index": turn.index,
+        "text": turn.text,
+        "stop_reason": turn.stop_reason,
+        "fault": turn.fault,
+        "tool_calls": [finite(dataclasses.asdict(call)) for call in turn.tool_calls],
+        "started_at": turn.started_at,
+        "seconds": turn.seconds,
+    }
+
+
+def recorded_turn_json(turn: Turn) -> dict[str, Any]:
+    """A turn as the record has it, with the engine's own ids and log-probabilities."""
+    return {
+        **turn_json(turn),
+        "prompt_token_ids": list(turn.prompt_ids),
+        "token_ids": list(turn.token_ids),
+        "logprobs": None if turn.logprobs is None else finite(turn.logprobs),
+    }
+
+
+def episode_json(episode: Episode | EpisodeSummary) -> dict[str, Any]:
+    """What an episode and its line in a list have in common."""
+    return {
+        "id": episode.id,
+        "object": "episode",
+        "model": f"{episode.policy}@v{episode.version}",
+        "policy": episode.policy,
+        "version": episode.version,
+        "agent": episode.agent,
+        "task_key": episode.task_key,
+        "purpose": episode.purpose,
+        "status": "running" if episode.stop_reason is None else "ended",
+        "stop_reason": episode.stop_reason,
+        "started_at": episode.started_at,
+        "ended_at": episode.ended_at,
+    }
