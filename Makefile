@@ -1,0 +1,41 @@
+# Hone: the commands a newcomer needs. `make demo` and `make test` do all their own set-up.
+ENGINE ?= cpu
+BIN := .venv/bin
+READY := .venv/.ready-$(ENGINE)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo serve test check format curves clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv (ENGINE=cpu or gpu)
+
+$(READY): pyproject.toml deploy/install.sh deploy/overrides.txt deploy/constraints.txt
+	deploy/install.sh $(ENGINE)
+	@touch $@
+
+demo: $(READY) ## An agent learns a real desk's house rules from outcomes (ARGS="--seed 2 --group 6")
+	$(BIN)/python -m examples.desk.demo $(ARGS)
+
+serve: $(READY) ## Leave the desk and Hone running, for you to play with
+	$(BIN)/python -m examples.desk.play $(ARGS)
+
+test: check ## Types, style, import contracts, and every test, on the real engine
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+curves: $(READY) ## Run the demo for three seeds, K=1 and K=6, and draw docs/curve.png (an hour)
+	$(BIN)/python -m benchmarks.learning
+
+clean: ## Remove .venv and what the demo wrote
+	rm -rf .venv var
