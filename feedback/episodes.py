@@ -1,7 +1,7 @@
 """Episodes and turns in the database: begin, append, end, read back.
 
 Each function joins its caller's transaction; who commits, and when, is `feedback.store`'s and
-`feedback.log`'s business. A refusal is raised before anything is written.
+`feedback.log`'s business. A refusal leaves it to them to undo what went before in the same call.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def interrupt_running(connection: Connection, now: float) -> int:
     """End every running episode as 'interrupted'; returns how many there were."""
     running = EPISODE.c.stop_reason.is_(None)
     connection.execute(
-        update(ITEM).where(ITEM.c.state == "running"), {"state": "touched", "ended_at": now}
+        update(ITEM).where(ITEM.c.episode_id.in_(select(EPISODE.c.id).where(running))),
+        {"state": "touched", "ended_at": now},
     )
     result = connection.execute(
         update(EPISODE).where(running), {"stop_reason": "interrupted", "ended_at": now}

@@ -7,19 +7,18 @@ it appears. What they are worth is `feedback.reward`'s to say.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select, tuple_, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM
 from feedback.types import FeedbackEvent
 
-_T = TypeVar("_T")
 _Key = tuple[str, str, str]
-_KEYS = 200
-"""Most keys in one IN list: three parameters each."""
+_PARAMETERS = 500
+"""Most values in one IN list: databases bound the number of parameters of a statement."""
 _ENDED = ("pending", "ready")
 """States of a training item whose reward an event may still change."""
 
@@ -86,19 +85,22 @@ def of_episodes(
 ) -> dict[tuple[str, str], list[FeedbackEvent]]:
     """Events by (tenant, episode id), in order of arrival."""
     found: dict[tuple[str, str], list[FeedbackEvent]] = {}
-    column = tuple_(FEEDBACK.c.tenant, FEEDBACK.c.episode_id)
-    for some in _chunks(keys):
-        query = select(FEEDBACK).where(column.in_(some)).order_by(FEEDBACK.c.id)
-        for row in connection.execute(query):
+    for (tenant,), some in _batches(keys):
+        query = select(FEEDBACK).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.episode_id.in_(some))
+        for row in connection.execute(query.order_by(FEEDBACK.c.id)):
             found.setdefault((row.tenant, row.episode_id), []).append(_event(row))
     return found
 
 
 def _known(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, FeedbackEvent]:
     found: dict[_Key, FeedbackEvent] = {}
-    column = tuple_(FEEDBACK.c.tenant, FEEDBACK.c.source, FEEDBACK.c.event_id)
-    for some in _chunks(keys):
-        for row in connection.execute(select(FEEDBACK).where(column.in_(some))):
+    for (tenant, source), some in _batches(keys):
+        query = select(FEEDBACK).where(
+            FEEDBACK.c.tenant == tenant,
+            FEEDBACK.c.source == source,
+            FEEDBACK.c.event_id.in_(some),
+        )
+        for row in connection.execute(query):
             event = _event(row)
             found[_key(event)] = event
     return found
@@ -113,7 +115,7 @@ def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _touch(connection: Connection, ids: Sequence[str]) -> None:
+def _touch(connection: Connection, ids: list[str]) -> None:
     """Have these episodes' rewards worked out again; those in a run keep what it began with."""
     for some in _chunks(ids):
         connection.execute(
@@ -143,8 +145,19 @@ def _key(event: FeedbackEvent) -> _Key:
     return event.tenant, event.source, event.event_id
 
 
-def _chunks(items: Sequence[_T]) -> Iterable[Sequence[_T]]:
-    return (items[start : start + _KEYS] for start in range(0, len(items), _KEYS))
+def _batches(keys: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Keys by all but their last part, then in pieces: an IN list over one column uses the index,
+    one over several makes SQLite read the whole table."""
+    grouped: dict[tuple[str, ...], dict[str, None]] = {}
+    for *first, last in keys:
+        grouped.setdefault(tuple(first), {})[last] = None
+    for group, lasts in grouped.items():
+        for some in _chunks(list(lasts)):
+            yield group, some
+
+
+def _chunks(items: list[str]) -> Iterable[list[str]]:
+    return (items[start : start + _PARAMETERS] for start in range(0, len(items), _PARAMETERS))
 
 
 def _values(event: FeedbackEvent) -> dict[str, Any]:

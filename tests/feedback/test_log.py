@@ -12,7 +12,7 @@ from record_samples import episode, event, turn
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
-from feedback.errors import EpisodeMissing
+from feedback.errors import EpisodeMissing, TurnOutOfOrder
 from feedback.log import Log, LogClosed
 from feedback.store import Store
 
@@ -66,12 +66,15 @@ async def test_a_refused_write_fails_alone(store: Store, log: Log) -> None:
         log.add_feedback([event("z", "a")]),
         log.append_turn("a", replace(turn(1), stop_reason=None)),  # type: ignore[arg-type]  # NOT NULL
         log.append_turn("a", turn(1)),
+        log.begin(episode("half", turns=(turn(0), turn(2)))),
         return_exceptions=True,
     )
     kinds = [type(outcome) for outcome in outcomes]
     assert kinds[:4] == [type(None), EpisodeMissing, ValueError, list]
     assert "NOT NULL" in str(outcomes[4])
     assert outcomes[5] is None
+    assert isinstance(outcomes[6], TurnOutOfOrder)
+    assert store.episode("half") is None
     assert [e.event_id for e in store.feedback("a")] == ["z"]
 
 

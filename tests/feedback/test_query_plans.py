@@ -1,0 +1,62 @@
+"""No operation of the serving and training paths reads a whole table: the record grows for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from record_samples import episode, event, judged, turn
+from sqlalchemy import Connection
+from sqlalchemy import event as hooks
+
+from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
+from feedback.store import Store
+
+SPEC = LearningSpec(policy="desk", training=TrainingSpec(min_episodes=1))
+
+
+@pytest.fixture
+def statements(store: Store) -> dict[str, Any]:
+    """Every SELECT and UPDATE that ran, with its parameters."""
+    seen: dict[str, Any] = {}
+
+    def remember(
+        _connection: Connection, _cursor: object, statement: str, parameters: Any, *rest: Any
+    ) -> None:
+        if statement.startswith(("SELECT", "UPDATE")):
+            seen[statement] = parameters[0] if rest[-1] else parameters
+
+    hooks.listen(store.database, "before_cursor_execute", remember)
+    return seen
+
+
+def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> None:
+    store.begin(episode("e", ended_at=None))
+    store.append_turn("e", turn(1))
+    store.end("e", "finished", 10.0)
+    judged(store, "f")
+    store.add_feedback([event("x", "e"), event("x", "e", source="other")])
+    store.feedback("e")
+    store.episode("e")
+    store.episodes(policy="desk", before="e")
+    store.episodes(limit=1)
+    store.interrupt_running(now=1.0)
+    store.readiness(SPEC, live_version=0)
+    store.readiness(
+        SPEC.model_copy(update={"reward": RewardSpec(maturity_seconds=1.0)}), live_version=0
+    )
+    claim = store.claim(SPEC, live_version=0, owner="a", lease_seconds=1.0)
+    assert claim is not None
+    store.abandon(claim, "again")
+    claim = store.claim(SPEC, live_version=0, owner="a", lease_seconds=1.0)
+    assert claim is not None
+    store.renew(claim, lease_seconds=1.0)
+    store.update_run(claim, "training", {})
+    store.finish(claim, version=1, figures={})
+
+    assert len(statements) > 25
+    whole = ("SCAN episode", "SCAN turn", "SCAN feedback", "SCAN training_item")
+    with store.database.connect() as connection:
+        for statement, parameters in statements.items():
+            plan = connection.exec_driver_sql("EXPLAIN QUERY PLAN " + statement, parameters).all()
+            assert not any(row[-1].startswith(whole) for row in plan), (statement, plan)
