@@ -68,6 +68,10 @@ async def misbehave_async(how: str) -> Any:
     await asyncio.sleep(5)
 
 
+def patience(how: str) -> float:
+    return 0.1 if how == "sleep" else 20
+
+
 async def result_of(tool: PythonTool, **arguments: Any) -> tuple[str, str]:
     result = await ToolBox([tool]).call(tool.spec.name, arguments, CONTEXT)
     return result.status, result.text
@@ -120,12 +124,12 @@ async def test_the_context_is_given_and_not_the_models_to_set() -> None:
         ("raise", "error", "KeyError: 'gone'"),
         ("exit", "error", "SystemExit: 3"),
         ("stop", "error", "StopIteration"),
-        ("sleep", "timeout", "no answer after 0.1 seconds"),
+        ("sleep", "timeout", "no answer after"),
         ("unserialisable", "error", "Unable to serialize"),
     ],
 )
 async def test_sync_misbehaviour_is_a_result(how: str, status: str, said: str) -> None:
-    got, text = await result_of(PythonTool(misbehave, timeout_seconds=0.1), how=how)
+    got, text = await result_of(PythonTool(misbehave, timeout_seconds=patience(how)), how=how)
     assert got == status
     assert said in text
 
@@ -136,11 +140,11 @@ async def test_sync_misbehaviour_is_a_result(how: str, status: str, said: str) -
         ("exit", "error", "SystemExit: 3"),
         ("cancel", "error", "cancelled its own call"),
         ("timeout", "error", "TimeoutError: upstream"),
-        ("sleep", "timeout", "no answer after 0.1 seconds"),
+        ("sleep", "timeout", "no answer after"),
     ],
 )
 async def test_async_misbehaviour_is_a_result(how: str, status: str, said: str) -> None:
-    got, text = await result_of(PythonTool(misbehave_async, timeout_seconds=0.1), how=how)
+    got, text = await result_of(PythonTool(misbehave_async, timeout_seconds=patience(how)), how=how)
     assert got == status
     assert said in text
 
@@ -171,7 +175,7 @@ async def test_sync_functions_leave_the_event_loop_free() -> None:
     started = time.perf_counter()
     results = await asyncio.gather(*(box.call("threads", {}, CONTEXT) for _ in range(40)))
     assert {result.text for result in results} == {"tool-threads"}
-    assert time.perf_counter() - started < 2  # one after the other: 8 s
+    assert time.perf_counter() - started < 6  # one after the other: 8 s
 
 
 async def test_a_long_result_is_cut() -> None:
