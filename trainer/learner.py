@@ -58,7 +58,7 @@ class Figures:
         """Take in a microbatch; all but the loss are [N]."""
         ratio = log_ratio.exp()
         self.tokens += len(ratio)
-        self.sums["loss"] += float(loss.value)
+        self.sums["loss"] += float(loss.value.detach())
         self.sums["kl"] += float(divergence.sum())
         self.sums["entropy"] += float(entropy.sum())
         self.sums["ratio"] += float(ratio.sum())
@@ -166,10 +166,11 @@ class _Work:
             loss = self.algorithm.loss(scored.logprobs, tokens)
             if not torch.isfinite(loss.value):
                 raise UpdateDiverged(
-                    f"the loss is {float(loss.value)} at step {self.figures.steps + 1}; nothing "
-                    "will be published; look for extreme log-probabilities or lower learning_rate"
+                    f"the loss is {float(loss.value.detach())} at step {self.figures.steps + 1}; "
+                    "nothing will be published; look for extreme log-probabilities in the episodes, "
+                    "or lower learning_rate"
                 )
-            loss.value.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
+            torch.autograd.backward(loss.value)
             log_ratio = scored.logprobs.detach() - tokens.proximal
             # Schulman's k3: unbiased under the proximal policy, and never negative.
             divergence = log_ratio.exp() - 1 - log_ratio

@@ -14,6 +14,9 @@ import signal
 import sys
 from typing import Any
 
+import alembic.command  # noqa: F401 - imported late by the trainer: once here, not in each fork
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - the same
+
 from trainer import __main__ as process
 
 

@@ -21,14 +21,12 @@ from trainer.settings import load_specs
 
 ROOT = Path(__file__).parents[2]
 POINTS = {
-    "claim": "feedback.store:Store.claim",
     "microbatch": "trainer.progress:Heartbeat.__call__",
     "publish": "policy.registry:Registry.publish",
     "checkpoint": "trainer.checkpoint:Checkpoints.save",
     "transaction": "policy.releases:Releases.record_in",
     "finish": "feedback.store:Store.finish",
     "judge": "trainer.gate:Gate.judge",
-    "promote": "policy.releases:Releases.promote",
 }
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -1,0 +1,143 @@
+"""Updates on a tiny Qwen2: direction, early ends, stale data, determinism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from feedback.spec import TrainingSpec
+from trainer.algorithms.loop import Loop
+from trainer.batch import Row, Sample
+from trainer.learner import UpdateDiverged, new_optimizer, update
+from trainer.model import LoraModel
+
+SPEC = TrainingSpec(learning_rate=3e-3, minibatch_episodes=2, clip_low=0.2, clip_high=0.2)
+GOOD, BAD = [3, 4, 5, 6, 7], [3, 4, 8, 9, 10]
+"""Two answers to the prompt [3, 4]."""
+
+
+def ignore(done: int, total: int, figures: Mapping[str, float]) -> None:
+    assert 0 < done <= total
+
+
+def sample(
+    model: LoraModel, ids: list[int], advantage: float, *, stale: bool = False, shift: float = 0.0
+) -> Sample:
+    """The ids as the attached adapter would have sampled them, the logprobs off by `shift`."""
+    logprobs = [value + shift for value in model.probe(ids).logprobs[1:]]
+    return Sample((Row(list(ids), [2, 3, 4], logprobs),), advantage, 1.0, stale)
+
+
+@pytest.fixture
+def model(base_folder: Path) -> LoraModel:
+    model = LoraModel(base_folder)
+    model.attach(rank=4, alpha=8, seed=0, start=None)
+    return model
+
+
+def run(model: LoraModel, samples: list[Sample], spec: TrainingSpec = SPEC) -> dict[str, float]:
+    optimizer = new_optimizer(model, spec.learning_rate, None)
+    return update(
+        model, optimizer, samples, spec, Loop(spec.clip_low, spec.clip_high),
+        seed=0, token_budget=64, on_progress=ignore,
+    )  # fmt: skip
+
+
+def answer_logprob(model: LoraModel, ids: list[int]) -> float:
+    return sum(model.probe(ids).logprobs[1:])
+
+
+def test_credit_raises_and_blame_lowers_what_was_sampled(model: LoraModel) -> None:
+    before = answer_logprob(model, GOOD), answer_logprob(model, BAD)
+    figures = run(model, [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)])
+    assert answer_logprob(model, GOOD) > before[0] + 0.01
+    assert answer_logprob(model, BAD) < before[1] - 0.01
+    assert (figures["steps"], figures["trained_tokens"]) == (1, 6)
+    # Before the only step the policy is the one that sampled.
+    assert figures["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["engine_gap"] < 1e-5
+    assert figures["clip_fraction"] == 0
+
+
+def test_the_loss_of_a_first_step_is_minus_the_mean_advantage(model: LoraModel) -> None:
+    # r = 1: each episode adds A / |a| for each of its |a| tokens, over a constant minibatch of 4.
+    spec = SPEC.model_copy(update={"minibatch_episodes": 4})
+    figures = run(model, [sample(model, GOOD, 0.5), sample(model, BAD, 0.25)], spec)
+    assert figures["loss"] == pytest.approx(-(0.5 + 0.25) / 4, abs=1e-5)
+
+
+def test_an_update_ends_when_an_episode_strays(model: LoraModel) -> None:
+    spec = SPEC.model_copy(update={"epochs": 50, "kl_stop": 0.01, "learning_rate": 1e-2})
+    figures = run(model, [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)], spec)
+    assert figures["stopped_by_kl"] == 1
+    assert 1 <= figures["steps"] < 50
+    assert figures["kl_max"] > 0.01
+
+
+def test_stale_tokens_are_compared_with_the_start_and_weighed_by_truncated_importance(
+    model: LoraModel,
+) -> None:
+    # The version that sampled gave each token 3 times less: importance 3, cut to 2; ratio still 1.
+    figures = run(model, [sample(model, GOOD, 1.0, stale=True, shift=-math.log(3))])
+    assert figures["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["loss"] == pytest.approx(-2.0 / SPEC.minibatch_episodes, abs=1e-4)
+    # And 4 times more: importance 1/4.
+    model.attach(rank=4, alpha=8, seed=0, start=None)
+    figures = run(model, [sample(model, GOOD, 1.0, stale=True, shift=math.log(4))])
+    assert figures["loss"] == pytest.approx(-0.25 / SPEC.minibatch_episodes, abs=1e-4)
+
+
+def test_not_a_number_ends_the_update_before_the_step(model: LoraModel) -> None:
+    before = [weight.detach().clone() for _, weight in model.parameters]
+    with pytest.raises(UpdateDiverged, match="nothing will be published"):
+        run(model, [sample(model, GOOD, 1.0, shift=math.nan)])
+    with pytest.raises(UpdateDiverged, match=r"the loss is -?(nan|inf)"):
+        run(model, [sample(model, GOOD, 1.0, shift=-math.inf), sample(model, BAD, -1.0)])
+    for old, (_, weight) in zip(before, model.parameters, strict=True):
+        assert torch.equal(old, weight)
+
+
+def test_same_seed_and_log_give_the_same_weights(base_folder: Path) -> None:
+    spec = SPEC.model_copy(update={"epochs": 2, "minibatch_episodes": 1})
+    results = []
+    for _ in range(2):
+        model = LoraModel(base_folder)
+        model.attach(rank=4, alpha=8, seed=0, start=None)
+        run(model, [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)], spec)
+        results.append([weight.detach().clone() for _, weight in model.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_optimizer_goes_on_where_it_was(base_folder: Path) -> None:
+    """Two updates in one go, and the second one after everything was saved and loaded."""
+
+    def start() -> tuple[LoraModel, list[Sample]]:
+        model = LoraModel(base_folder)
+        model.attach(rank=4, alpha=8, seed=0, start=None)
+        return model, [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)]
+
+    loop = Loop(0.2, 0.2)
+    results = []
+    for reload in (False, True):
+        model, samples = start()
+        optimizer = new_optimizer(model, 3e-3, None)
+        for _ in range(2):
+            update(
+                model, optimizer, samples, SPEC, loop,
+                seed=0, token_budget=64, on_progress=ignore,
+            )  # fmt: skip
+            if reload:
+                optimizer = new_optimizer(model, 3e-3, optimizer.state_dict())
+        results.append(answer_logprob(model, GOOD))
+    model, samples = start()
+    for _ in range(2):  # forgetting the moments gives something else: the test can fail
+        update(
+            model, new_optimizer(model, 3e-3, None), samples, SPEC, loop,
+            seed=0, token_budget=64, on_progress=ignore,
+        )  # fmt: skip
+    assert results[0] == results[1]
+    assert answer_logprob(model, GOOD) != results[0]
