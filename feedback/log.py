@@ -1,8 +1,8 @@
 """The record for asyncio: many awaiting tasks, one writer thread, one transaction a batch.
 
 An await returns only after COMMIT, so that what was acknowledged is on disk; sharing a commit
-among everybody who waits is what makes that cheap. The order of calls is kept. Reads, and all that
-is not on the serving path, go to `feedback.store`.
+among everybody who waits is what makes that cheap. An episode's calls keep their order. Reads, and
+all that is not on the serving path, go to `feedback.store`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -50,6 +51,8 @@ class _Write:
     apply: Callable[[Connection], Any]
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
+    said: Sequence[FeedbackEvent] = ()
+    """The events, if this is feedback: those of a batch are recorded together."""
     result: Any = None
     error: BaseException | None = None
 
@@ -86,7 +89,7 @@ class Log:
     async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
         """As `Store.add_feedback`."""
         receipts: list[Receipt] = await self._submit(
-            lambda connection: events.add(connection, said)
+            lambda connection: events.add(connection, said), said
         )
         return receipts
 
@@ -98,9 +101,11 @@ class Log:
                 self._queue.put(None)
         self._thread.join()
 
-    async def _submit(self, apply: Callable[[Connection], Any]) -> Any:
+    async def _submit(
+        self, apply: Callable[[Connection], Any], said: Sequence[FeedbackEvent] = ()
+    ) -> Any:
         loop = asyncio.get_running_loop()
-        write = _Write(apply, loop.create_future(), loop)
+        write = _Write(apply, loop.create_future(), loop, said)
         with self._closing:  # nothing may enter the queue behind its end mark
             if self._closed:
                 raise LogClosed("the log is closed; the server is shutting down")
@@ -130,13 +135,16 @@ def _drain(
 
 
 def _commit(database: Engine, batch: Sequence[_Write]) -> None:
-    """Apply a batch in one transaction, each write in a savepoint, and only then answer."""
+    """Apply a batch in one transaction, each write in a savepoint, and only then answer. Feedback
+    comes last: it may follow its episode, and what it says does not depend on order."""
     if not batch:
         return
     try:
         with database.begin() as connection:
             for write in batch:
-                _apply(connection, write)
+                if not write.said:
+                    write.result, write.error = _attempt(connection, write.apply)
+            _add_feedback(connection, [write for write in batch if write.said])
     except Exception as error:
         for write in batch:
             write.error = error
@@ -144,17 +152,34 @@ def _commit(database: Engine, batch: Sequence[_Write]) -> None:
         _answer(write)
 
 
-def _apply(connection: Connection, write: _Write) -> None:
-    """A refusal is the write's own. Anything else (disk full, I/O error) fails the whole batch:
-    SQLite may have rolled the transaction back by itself, with the writes that went before."""
+def _add_feedback(connection: Connection, writes: Sequence[_Write]) -> None:
+    """All feedback of a batch in one go, several times quicker; singly if any of it is refused."""
+    if not writes:
+        return
+    together = [event for write in writes for event in write.said]
+    receipts, refusal = _attempt(connection, lambda connection: events.add(connection, together))
+    if refusal is None:
+        given = iter(receipts)
+        for write in writes:
+            write.result = list(islice(given, len(write.said)))
+        return
+    for write in writes:
+        write.result, write.error = _attempt(connection, write.apply)
+
+
+def _attempt(
+    connection: Connection, apply: Callable[[Connection], Any]
+) -> tuple[Any, Exception | None]:
+    """(result, refusal). A refusal is the write's own. Anything else (disk full, I/O error) fails
+    the batch: SQLite may have rolled the transaction back by itself, earlier writes included."""
     savepoint = connection.begin_nested()
     try:
-        write.result = write.apply(connection)
+        result = apply(connection)
     except _REFUSALS as error:
         savepoint.rollback()
-        write.error = error
-    else:
-        savepoint.commit()
+        return None, error
+    savepoint.commit()
+    return result, None
 
 
 def _answer(write: _Write) -> None:
