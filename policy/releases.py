@@ -1,29 +1,38 @@
 """Which version of a policy answers: an append-only table of release events, and its fold.
 
-Events are only ever inserted; the present state is computed from them, so a rollback needs neither
+Events are only ever inserted; the present state is folded from them, so a rollback needs neither
 the trainer nor a restart. Loading and routing are the server's; the folders are the registry's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from sqlalchemy import JSON, Column, Engine, UniqueConstraint, false, select, update
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Engine,
+    UniqueConstraint,
+    and_,
+    false,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 from sqlmodel import Field, SQLModel, col
 
+from policy.release_state import Change, ReleaseEvent, ReleaseState, ReleaseStateName, fold
 from policy.types import AdapterRef
 
-ReleaseStateName = Literal["candidate", "loaded", "live", "retired", "rejected", "rolled_back"]
-"""candidate: published, unproven; loaded: the engine's probe passed; live: takes new episodes;
-retired: was live, replaced by a newer one; rejected: never to be served; rolled_back: was live and
-taken back."""
+__all__ = ["NotPromotable", "NothingToRollBack", "ReleaseConflict", "ReleaseError", "ReleaseEvent"]
+__all__ += ["ReleaseEventRow", "ReleaseState", "ReleaseStateName", "Releases"]
 
+_STATES = frozenset(get_args(ReleaseStateName))
 _WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected")
 _BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
     {
@@ -78,78 +87,6 @@ class ReleaseEventRow(SQLModel, table=True):
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseEvent:
-    """One thing that happened to one version."""
-
-    sequence: int
-    """1, 2, 3 ... within the policy."""
-    ref: AdapterRef
-    state: ReleaseStateName
-    actor: str
-    """Who caused it, for example 'trainer', 'server' or 'cli'."""
-    reason: str
-    at: float
-    """Unix seconds."""
-    figures: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseState:
-    """What the events of one policy add up to."""
-
-    policy: str
-    live: AdapterRef
-    """Takes new episodes. Version 0, the base model, until something is promoted."""
-    history: tuple[int, ...]
-    """Versions below the live one, oldest first: where rollbacks lead. Below them is version 0."""
-    states: Mapping[int, ReleaseStateName]
-    """The last state of each version that has events."""
-
-    @property
-    def candidates(self) -> tuple[AdapterRef, ...]:
-        """Published versions that the engine has not proven yet, oldest first."""
-        return self._in_state("candidate")
-
-    @property
-    def loaded(self) -> tuple[AdapterRef, ...]:
-        """Proven versions that wait for the gate's verdict, oldest first."""
-        return self._in_state("loaded")
-
-    @property
-    def previous(self) -> AdapterRef:
-        """Where a rollback would lead."""
-        return AdapterRef(self.policy, self.history[-1] if self.history else 0)
-
-    def _in_state(self, wanted: ReleaseStateName) -> tuple[AdapterRef, ...]:
-        versions = sorted(version for version, state in self.states.items() if state == wanted)
-        return tuple(AdapterRef(self.policy, version) for version in versions)
-
-
-def fold(policy: str, events: Iterable[ReleaseEvent]) -> ReleaseState:
-    """The state after `events`, which are all of one policy's, in order.
-
-    Live versions form a stack. A promotion pushes; a rollback cuts back to where it leads, so that
-    the next rollback goes further down and never to a version that was taken back.
-    """
-    states: dict[int, ReleaseStateName] = {}
-    stack: list[int] = []
-    rolling_back = False
-    for event in events:
-        version = event.ref.version
-        states[version] = event.state
-        if event.state == "live":
-            below = stack[: stack.index(version)] if rolling_back and version in stack else stack
-            stack = [*(v for v in below if v != version), version] if version else []
-        elif event.state in ("rolled_back", "rejected") and version in stack:
-            stack.remove(version)
-        rolling_back = event.state == "rolled_back"
-    live = stack[-1] if stack else 0
-    return ReleaseState(
-        policy, AdapterRef(policy, live), tuple(stack[:-1]), MappingProxyType(states)
-    )
-
-
 class Releases:
     """The release events of one tenant's policies in one database.
 
@@ -162,12 +99,16 @@ class Releases:
 
     def state(self, policy: str) -> ReleaseState:
         """The present state; of a policy without events, the base model is live."""
-        return fold(policy, self.events(policy))
+        with Session(self._database) as session:
+            return fold(policy, self._changes_in(session, policy))
 
     def events(self, policy: str) -> list[ReleaseEvent]:
         """All events of a policy, oldest first."""
+        rows = select(ReleaseEventRow).where(self._of(policy))
         with Session(self._database) as session:
-            return self._events_in(session, policy)
+            return [
+                _event(row) for row in session.scalars(rows.order_by(col(ReleaseEventRow.sequence)))
+            ]
 
     def policies(self) -> list[str]:
         """Names of all policies with events, sorted."""
@@ -214,15 +155,15 @@ class Releases:
                 f"cannot record {state!r} for version {version}; expected one of "
                 f"{_WRITTEN_BY_RECORD} for version 1 or above; use promote or rollback for the rest"
             )
-        events = self._locked_events(session, policy)
-        before = fold(policy, events).states.get(version)
+        changes = self._locked_changes(session, policy)
+        before = fold(policy, changes).states.get(version)
         if before not in _BEFORE[state]:
             raise ReleaseConflict(
                 f"{AdapterRef(policy, version)} is {before or 'unknown'!r}, which {state!r} cannot "
                 "follow; a live version is first replaced by promote or rollback"
             )
         self._append(
-            session, policy, len(events), (version, state),
+            session, policy, len(changes), (version, state),
             actor=actor, reason=reason, figures=figures,
         )  # fmt: skip
 
@@ -241,8 +182,8 @@ class Releases:
         NotPromotable for others, ReleaseConflict if the live version is not `expected_live`.
         """
         with self._transaction() as session:
-            events = self._locked_events(session, ref.policy)
-            now = fold(ref.policy, events)
+            changes = self._locked_changes(session, ref.policy)
+            now = fold(ref.policy, changes)
             _check_live(now, expected_live)
             if now.live == ref:
                 return
@@ -253,7 +194,7 @@ class Releases:
                     "before, can become live"
                 )
             self._append(
-                session, ref.policy, len(events),
+                session, ref.policy, len(changes),
                 (now.live.version, "retired"), (ref.version, "live"),
                 actor=actor, reason=reason, figures=figures,
             )  # fmt: skip
@@ -273,8 +214,8 @@ class Releases:
         live or the live version is not `expected_live`.
         """
         with self._transaction() as session:
-            events = self._locked_events(session, policy)
-            now = fold(policy, events)
+            changes = self._locked_changes(session, policy)
+            now = fold(policy, changes)
             _check_live(now, expected_live)
             if now.live.is_base:
                 raise NothingToRollBack(
@@ -288,7 +229,7 @@ class Releases:
                     f"that was live before, such as {now.previous}"
                 )
             self._append(
-                session, policy, len(events),
+                session, policy, len(changes),
                 (now.live.version, "rolled_back"), (target.version, "live"),
                 actor=actor, reason=reason,
             )  # fmt: skip
@@ -299,28 +240,28 @@ class Releases:
         with Session(self._database) as session, session.begin():
             yield session
 
-    def _locked_events(self, session: Session, policy: str) -> list[ReleaseEvent]:
+    def _locked_changes(self, session: Session, policy: str) -> list[Change]:
         # A write that touches no row takes SQLite's write lock before the read: a transaction that
         # reads first could not upgrade once another one has committed.
         session.execute(update(ReleaseEventRow).where(false()).values(reason=""))
-        return self._events_in(session, policy)
+        return self._changes_in(session, policy)
 
-    def _events_in(self, session: Session, policy: str) -> list[ReleaseEvent]:
-        rows = (
-            select(ReleaseEventRow)
-            .where(
-                col(ReleaseEventRow.tenant) == self._tenant, col(ReleaseEventRow.policy) == policy
-            )
-            .order_by(col(ReleaseEventRow.sequence))
-        )
-        return [_event(row) for row in session.scalars(rows)]
+    def _changes_in(self, session: Session, policy: str) -> list[Change]:
+        """Two plain columns: the server reads the state several times a second."""
+        columns = select(col(ReleaseEventRow.version), col(ReleaseEventRow.state))
+        rows = columns.where(self._of(policy)).order_by(col(ReleaseEventRow.sequence))
+        return [(version, _state(state)) for version, state in session.execute(rows)]
+
+    def _of(self, policy: str) -> ColumnElement[bool]:
+        mine = col(ReleaseEventRow.tenant) == self._tenant
+        return and_(mine, col(ReleaseEventRow.policy) == policy)
 
     def _append(
         self,
         session: Session,
         policy: str,
         after: int,
-        *changes: tuple[int, ReleaseStateName],
+        *changes: Change,
         actor: str,
         reason: str,
         figures: Mapping[str, Any] | None = None,
@@ -355,11 +296,16 @@ def _was_live(now: ReleaseState, ref: AdapterRef) -> bool:
     return ref.is_base or now.states.get(ref.version) in ("retired", "rolled_back")
 
 
+def _state(name: str) -> ReleaseStateName:
+    if name not in _STATES:
+        raise ValueError(
+            f"a release event has state {name!r}; is the database newer than this code?"
+        )
+    return name  # type: ignore[return-value]  # checked on the line above
+
+
 def _event(row: ReleaseEventRow) -> ReleaseEvent:
-    if row.state not in get_args(ReleaseStateName):
-        raise ValueError(f"release event {row.id} has state {row.state!r}; is the database newer?")
-    state: ReleaseStateName = row.state  # type: ignore[assignment]  # checked on the line above
     return ReleaseEvent(
-        row.sequence, AdapterRef(row.policy, row.version), state, row.actor, row.reason, row.at,
-        row.figures,
+        row.sequence, AdapterRef(row.policy, row.version), _state(row.state), row.actor, row.reason,
+        row.at, row.figures,
     )  # fmt: skip
