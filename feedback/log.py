@@ -67,8 +67,13 @@ class Log:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
+        # A daemon: a process that fails before it closes its log must end, and what is lost then
+        # was acknowledged to nobody.
         self._thread = threading.Thread(
-            target=_write_batches, args=(writing(store.database), self._queue), name="hone-log"
+            target=_write_batches,
+            args=(writing(store.database), self._queue),
+            name="hone-log",
+            daemon=True,
         )
         self._thread.start()
 
