@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _gc_was_enabled = gc.isenabled()
@@ -127,9 +128,7 @@ class GroupedPunica(PunicaWrapperCPU):
     def add_lora_embedding(self, y: Any, x: Any, b: Any, **_: Any) -> None:
         expand_(y, x, b, self._token_groups)
 
-    def add_lora_logits(
-        self, y: Any, x: Any, a: Any, b: Any, scale: float, **_: Any
-    ) -> None:
+    def add_lora_logits(self, y: Any, x: Any, a: Any, b: Any, scale: float, **_: Any) -> None:
         y, x = y.flatten(0, -2), x.flatten(0, -2)
         groups = self._sampler_groups
         if len(y) != len(self.sampler_indices) and any(g.rows is not None for g in groups):
@@ -224,6 +223,10 @@ def _engine_args(path: str, model: ModelSettings, engine: EngineSettings) -> Asy
         kv_cache_memory_bytes=engine.kv_cache_mb * 2**20 if on_cpu else None,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         enforce_eager=on_cpu,
+        # On a CPU one seeded request whose prompt is prefilled in chunks kills the engine for all:
+        # vLLM rewinds its generator, and a CPU generator cannot be rewound.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(2048, engine.max_model_len) if on_cpu else None,
         distributed_executor_backend="uni",
         logprobs_mode="processed_logprobs",
         generation_config="auto",
@@ -322,6 +325,15 @@ def _sampled_logprobs(output: CompletionOutput) -> list[float]:
     return [row[token].logprob for row, token in zip(rows, output.token_ids, strict=True)]
 
 
+def _delta(output: CompletionOutput) -> Delta:
+    return Delta(
+        tuple(output.token_ids),
+        tuple(_sampled_logprobs(output)),
+        output.text,
+        _stop_reason(output.finish_reason),
+    )
+
+
 def _stop_reason(finish_reason: str | None) -> StopReason | None:
     if finish_reason is None:
         return None
@@ -378,15 +390,18 @@ class VllmEngine:
             logprobs=0,
             output_kind=RequestOutputKind.DELTA,
         )
+        # The last delta is held back until vLLM is done with the request: a caller that stops
+        # reading there would otherwise abort what has ended.
+        last: Delta | None = None
         async with contextlib.aclosing(self._sample(prompt_ids, params, lora)) as outputs:
             async for output in outputs:
-                choice = output.outputs[0]
-                yield Delta(
-                    tuple(choice.token_ids),
-                    tuple(_sampled_logprobs(choice)),
-                    choice.text,
-                    _stop_reason(choice.finish_reason),
-                )
+                delta = _delta(output.outputs[0])
+                if delta.stop_reason is None:
+                    yield delta
+                else:
+                    last = delta
+        if last is not None:
+            yield last
 
     async def load(self, adapter: Adapter) -> ProbeReport | None:
         name = str(adapter.ref)

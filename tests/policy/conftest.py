@@ -84,7 +84,8 @@ def trainer_logprobs(tiny_model: Path) -> Callable[[Sequence[int], Path | None],
         ids_BT = torch.tensor([list(token_ids)])
         with torch.no_grad():
             logprobs_TV = model(ids_BT).logits[0, :-1].log_softmax(-1)
-        return logprobs_TV.gather(1, ids_BT[0, 1:, None])[:, 0].tolist()
+        chosen: list[float] = logprobs_TV.gather(1, ids_BT[0, 1:, None])[:, 0].tolist()
+        return chosen
 
     return score
 
@@ -95,7 +96,7 @@ def make_adapter(
     tmp_path_factory: pytest.TempPathFactory,
     trainer_logprobs: Callable[[Sequence[int], Path | None], list[float]],
 ) -> Callable[..., Adapter]:
-    """make_adapter(version, seed=.., rank=.., probe=True): a LoRA on every linear layer, by peft."""
+    """make_adapter(version, rank=8, size=0.05, probe=True): a LoRA on every linear layer."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -146,4 +147,6 @@ def vllm_engine(
 
     engine = create_vllm_engine(tiny_model, *vllm_settings)
     yield engine
+    process_id = engine.process_id
     engine.shutdown()
+    assert not Path(f"/proc/{process_id}").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ class Rig:
     eos_id: int
 
 
-def scripted_reply(prompt_ids: tuple[int, ...], adapter: AdapterRef) -> list[int]:
+def scripted_reply(prompt_ids: Sequence[int], adapter: AdapterRef) -> list[int]:
     length = 12 + (sum(prompt_ids) + adapter.version) % 5
     return [100 + (prompt_ids[-1] + adapter.version + i) % 50 for i in range(length)] + [
         SCRIPTED_EOS
@@ -50,9 +50,7 @@ def scripted_reply(prompt_ids: tuple[int, ...], adapter: AdapterRef) -> list[int
 
 def scripted_adapter(version: int) -> Adapter:
     ref, ids = AdapterRef("desk", version), tuple(range(30, 60))
-    probe = Probe(
-        ids, tuple(scripted_logprobs(ids, ref)), tuple(scripted_logprobs(ids, BASE))
-    )
+    probe = Probe(ids, tuple(scripted_logprobs(ids, ref)), tuple(scripted_logprobs(ids, BASE)))
     return Adapter(ref, Path("nowhere"), f"sha256:{version}", "sha256:tiny", rank=8, probe=probe)
 
 
@@ -69,7 +67,7 @@ def rig(request: pytest.FixtureRequest) -> Rig:
 
 
 @contextlib.asynccontextmanager
-async def loaded(engine: Engine, adapter: Adapter):
+async def loaded(engine: Engine, adapter: Adapter) -> AsyncIterator[AdapterRef]:
     await engine.load(adapter)
     try:
         yield adapter.ref
@@ -77,7 +75,7 @@ async def loaded(engine: Engine, adapter: Adapter):
         await engine.unload(adapter.ref)
 
 
-def largest(left: list[float] | tuple[float, ...], right: list[float]) -> float:
+def largest(left: Sequence[float], right: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
@@ -143,6 +141,7 @@ async def test_a_stop_string_ends_the_text_before_it(rig: Rig) -> None:
 async def test_closing_a_stream_early_leaves_the_engine_well(rig: Rig) -> None:
     for seed in range(4):
         stream = rig.engine.stream(PROMPT, Sampling(max_tokens=400, seed=seed), adapter=BASE)
+        assert isinstance(stream, AsyncGenerator)
         first = await anext(stream)
         assert first.token_ids
         await stream.aclose()

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI routes on our app, by the official client over a real socket, and what they report."""
+"""vLLM's OpenAI routes on our app: the official client, a real socket, and what is reported."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ async def running_site(
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:
+    for _ in range(500):
+        if server.started:
+            break
         await asyncio.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
 
@@ -62,9 +63,7 @@ async def test_a_mixed_batch_answers_as_each_adapter_alone(
     def request(number: int) -> asyncio.Future[Completion]:
         prompt = [*PROMPT, 60 + number]
         sampling = Sampling(max_tokens=20, seed=number)
-        return asyncio.ensure_future(
-            complete(vllm_engine, prompt, sampling, adapter=refs[number])
-        )
+        return asyncio.ensure_future(complete(vllm_engine, prompt, sampling, adapter=refs[number]))
 
     async with loaded(vllm_engine, *adapters):  # As many as there are slots: the last is in use.
         alone = [await request(number) for number in range(len(refs))]
@@ -73,6 +72,21 @@ async def test_a_mixed_batch_answers_as_each_adapter_alone(
         assert together.token_ids == solo.token_ids
         assert largest(together.logprobs, solo.logprobs) < 1e-5
     assert len({run.token_ids for run in alone}) == len(refs)
+
+
+@in_session_loop
+async def test_a_crowd_of_long_seeded_prompts_does_not_kill_the_engine(
+    vllm_engine: VllmEngine,
+) -> None:
+    """More prompt tokens at once than one step takes: vLLM's CPU build dies of chunked prefill."""
+    prompts = [random.Random(number).choices(range(256), k=450) for number in range(16)]
+
+    async def one(number: int) -> Completion:
+        sampling = Sampling(max_tokens=8, seed=number)
+        return await complete(vllm_engine, prompts[number], sampling, adapter=BASE)
+
+    crowd = await asyncio.gather(*map(one, range(16)))
+    assert (await one(9)).token_ids == crowd[9].token_ids
 
 
 @in_session_loop
@@ -134,23 +148,26 @@ async def test_fifty_swaps_under_eight_streams(
     ]
     line.sort(key=lambda adapter: adapter.ref.version)
     live, done = BASE, False
-    users: dict[AdapterRef, int] = {}
+    users: Counter[AdapterRef] = Counter()
+    drained: dict[AdapterRef, asyncio.Event] = defaultdict(asyncio.Event)
     finished: list[tuple[Completion, list[float]]] = []
 
     async def client(number: int) -> None:
         turn = 0
         while not done:
             turn, ref = turn + 1, live
-            users[ref] = users.get(ref, 0) + 1
+            users[ref] += 1
             sampling = Sampling(max_tokens=24, seed=number * 1000 + turn)
             run = await complete(vllm_engine, PROMPT, sampling, adapter=ref)
             scores = await vllm_engine.score([*PROMPT, *run.token_ids], adapter=ref)
             finished.append((run, scores[len(PROMPT) - 1 :]))
             users[ref] -= 1
+            if not users[ref] and ref != live:
+                drained[ref].set()
 
     async def drain(ref: AdapterRef) -> None:
-        while users.get(ref):
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(30):
+            await drained[ref].wait()
         await vllm_engine.unload(ref)
 
     clients = [asyncio.create_task(client(number)) for number in range(8)]
@@ -158,6 +175,8 @@ async def test_fifty_swaps_under_eight_streams(
     for adapter in line:
         await vllm_engine.load(adapter)
         previous, live = live, adapter.ref
+        if not users[previous]:
+            drained[previous].set()
         if not previous.is_base:
             drains.append(asyncio.create_task(drain(previous)))
         await asyncio.sleep(0.02)
@@ -224,8 +243,10 @@ async def test_an_engine_cannot_be_made_on_a_thread_that_may_end(
 
 
 OWNER = """
-import os, resource, sys, time
+import asyncio, os, resource, sys, time
+from policy.engine import EngineDead
 from policy.settings import EngineSettings, ModelSettings
+from policy.types import AdapterRef
 from policy.vllm_engine import create_vllm_engine
 before = dict(os.environ)
 engine = create_vllm_engine(
@@ -234,50 +255,89 @@ engine = create_vllm_engine(
 )
 assert dict(os.environ) == before, "the engine left its variables behind"
 print(engine.process_id, flush=True)
-if sys.argv[2] == "close":
-    engine.shutdown()
+
+def cost():
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(sum(u.ru_utime + u.ru_stime for u in usage), flush=True)
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+async def use():
+    try:
+        while True:
+            await engine.score([1, 2, 3], adapter=AdapterRef("desk", 0))
+            await asyncio.sleep(0.05)
+    except EngineDead as error:
+        print(type(error).__name__, await engine.healthy(), flush=True)
+    engine.shutdown()
+    print(cost(), flush=True)
+
+if sys.argv[2] == "widow":
+    asyncio.run(use())
 time.sleep(600)
 """
 
 
-def gone(processes: list[psutil.Process], within: float) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=within)
-    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+def children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for text in lists for child in text.read_text().split()]
 
 
-def test_no_engine_process_outlives_its_parent(tiny_model: Path) -> None:
-    """SIGKILL, SIGTERM and a plain shutdown, each of a process that owns a real engine.
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
-    The last also says what a start costs: 15 s of processor time at most, imports included.
-    """
-    endings = ("kill", "terminate", "close")
-    owners = [
-        subprocess.Popen(
+
+def gone(pids: list[int], within: float) -> bool:
+    until = time.monotonic() + within
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+@pytest.fixture(scope="module")
+def owners(tiny_model: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Processes that own a real engine each; they start at the same time."""
+    started = {
+        ending: subprocess.Popen(
             [sys.executable, "-c", OWNER, str(tiny_model), ending],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for ending in endings
-    ]
-    try:
-        for ending, owner in zip(endings, owners, strict=True):
-            assert owner.stdout is not None
-            engine_pid = int(owner.stdout.readline())
-            children = psutil.Process(owner.pid).children(recursive=True)
-            if ending == "close":
-                assert float(owner.stdout.readline()) < 15
-                assert psutil.Process(owner.pid).children(recursive=True) == []
-                continue
-            assert engine_pid in [child.pid for child in children]
-            getattr(owner, ending)()
-            assert gone(children, within=5)
-    finally:
-        for owner in owners:
-            owner.kill()
-            owner.wait()
+        for ending in ("kill", "terminate", "widow")
+    }
+    yield started
+    for owner in started.values():
+        owner.kill()
+        owner.wait()
+
+
+def said(owner: subprocess.Popen[str]) -> str:
+    assert owner.stdout is not None
+    return owner.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("ending", ["kill", "terminate"])
+def test_no_engine_process_outlives_its_parent(
+    owners: dict[str, subprocess.Popen[str]], ending: str
+) -> None:
+    engine_pid = int(said(owners[ending]))
+    family = children(owners[ending].pid) + children(engine_pid)
+    assert engine_pid in family
+    getattr(owners[ending], ending)()
+    assert gone(family, within=5)
+
+
+def test_a_killed_engine_process_is_reported_as_dead(
+    owners: dict[str, subprocess.Popen[str]],
+) -> None:
+    """And a start costs at most 15 s of processor time, imports included."""
+    os.kill(int(said(owners["widow"])), signal.SIGKILL)
+    assert said(owners["widow"]) == "EngineDead False"
+    assert float(said(owners["widow"])) < 15
+    assert children(owners["widow"].pid) == []
 
 
 def test_grouped_products_are_those_of_each_row_alone() -> None:
