@@ -72,8 +72,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        # Named so that no loader swaps in the pre-tokenizer usual for the model's type.
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # Without this, transformers puts the model type's own pre-tokenizer in place of ours.
+        "auto_map": {"AutoTokenizer": [None, None]},
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "model_max_length": 2048,
