@@ -167,7 +167,7 @@ class _Work:
             if not torch.isfinite(loss.value):
                 raise UpdateDiverged(
                     f"the loss is {float(loss.value.detach())} at step {self.figures.steps + 1}; "
-                    "nothing will be published; look for extreme log-probabilities in the episodes, "
+                    "nothing will be published; look for extreme logged log-probabilities, "
                     "or lower learning_rate"
                 )
             torch.autograd.backward(loss.value)

@@ -1,0 +1,145 @@
+"""The loop in one process: where training starts from, and what a stop leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer.train
+from feedback.store import Store
+from policy.registry import Registry
+from policy.releases import Releases
+from policy.types import Adapter, AdapterRef
+from trainer.__main__ import build
+from trainer.checkpoint import Checkpoints
+from trainer.learner import UpdateDiverged
+from trainer.settings import TrainerSettings, load_specs
+from trainer.stop import Stop
+from trainer.train import Trainer
+
+
+class World:
+    """A trainer over a record of its own, and eyes on what it did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stop = Stop()
+        settings = TrainerSettings()
+        self.trainer: Trainer = build(settings, self.stop)
+        self.registry: Registry = self.trainer._registry
+        self.store = Store.open(settings.storage.database)
+        self.releases = Releases(self.store.database)
+        self.spec = load_specs(folder / "agents")["line"]
+
+    def run(self) -> None:
+        self.trainer.run(lambda: {"line": self.spec}, once=True)
+
+    def adapter(self, version: int) -> Adapter:
+        return self.registry.get(AdapterRef("line", version))
+
+    def ready(self) -> int:
+        live = self.releases.state("line").live.version
+        return self.store.readiness(self.spec, live_version=live).ready
+
+
+@pytest.fixture
+def world(
+    make_world: Callable[[str], Path],
+    controller: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[World]:
+    folder = make_world("world")
+    monkeypatch.setenv("HONE_CONFIG", str(folder / "hone.toml"))
+    world = World(folder)
+    with controller([folder]):
+        yield world
+    world.store.close()
+
+
+def test_after_a_rollback_training_starts_from_what_is_live(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    world.run()
+    assert world.releases.state("line").live.version == 1
+    assert world.adapter(1).parent == AdapterRef("line", 0)
+    probe = world.adapter(1).probe
+    assert probe is not None
+    assert probe.logprobs != probe.base_logprobs
+
+    more_episodes(world.store)
+    world.releases.rollback("line", actor="test", reason="try")
+    world.run()
+    state = world.releases.state("line")
+    assert (state.live.version, world.adapter(2).parent) == (2, AdapterRef("line", 0))
+    # What was rolled back left no trace in the optimizer or the baseline either.
+    checkpoint = Checkpoints(world.folder / "checkpoints").load(AdapterRef("line", 2))
+    assert checkpoint is not None
+    assert {float(s["step"]) for s in checkpoint.optimizer["state"].values()} == {3.0}
+    assert not any("single/12" in key for key in checkpoint.baseline.to_json()["evidence"])
+
+
+def test_training_goes_on_from_the_live_version(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    world.run()
+    more_episodes(world.store)
+    world.run()
+    assert world.releases.state("line").live.version == 2
+    assert world.adapter(2).parent == AdapterRef("line", 1)
+    checkpoint = Checkpoints(world.folder / "checkpoints").load(AdapterRef("line", 2))
+    assert checkpoint is not None
+    assert {float(s["step"]) for s in checkpoint.optimizer["state"].values()} == {6.0}
+    evidence = checkpoint.baseline.to_json()["evidence"]
+    assert {"single/12", "single/47"} <= evidence.keys()
+    # The second batch was sampled by version 0: stale, so the first forward pass was extra.
+    run = world.store.training_runs("line")[0]
+    assert run.figures["ratio_mean"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_stop_during_an_update_gives_the_batch_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        world.stop.set()
+        kwargs["on_progress"](1, 2, {"loss": 0.0, "kl": 0.0})
+
+    monkeypatch.setattr(trainer.train, "update", stopped)
+    world.run()
+    assert world.ready() == 24
+    assert world.store.training_runs("line")[0].state == "abandoned"
+    assert dict(world.releases.state("line").states) == {}
+
+
+def test_a_diverged_update_is_never_published_and_not_begun_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: Any, **__: Any) -> None:
+        raise UpdateDiverged("the loss is nan")
+
+    monkeypatch.setattr(trainer.train, "update", diverged)
+    world.run()
+    run = world.store.training_runs("line")[0]
+    assert (run.state, run.version, run.figures["outcome"]) == ("finished", None, "the loss is nan")
+    assert world.registry.versions("line") == []
+    assert world.ready() == 0
+
+
+def test_a_candidate_of_a_version_that_is_no_longer_live_is_rejected(
+    world: World, more_episodes: Callable[[Store], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run()
+    more_episodes(world.store)
+    finish = Store.finish
+
+    def rolled_back_meanwhile(store: Store, *args: Any, **kwargs: Any) -> None:
+        finish(store, *args, **kwargs)
+        world.releases.rollback("line", actor="test", reason="bad")
+
+    monkeypatch.setattr(Store, "finish", rolled_back_meanwhile)
+    world.run()
+    state = world.releases.state("line")
+    assert (state.live.version, state.states[2]) == (0, "rejected")
+    assert "but line@v0 is live now" in world.releases.events("line")[-1].reason
