@@ -128,14 +128,15 @@ async def _finished(running: RunningCall, traffic: PlainTraffic, *, ends: bool) 
 
 
 def _recorded(send: Send, running: RunningCall, traffic: PlainTraffic) -> Send:
-    """A send that adds our headers, and whose last piece leaves once the turn is on disk."""
+    """A send that adds our headers, and that ends the answer once its turn is on disk."""
 
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:
             answer = MutableHeaders(scope=message)
             answer[EPISODE_HEADER] = running.episode.id
             answer[ADAPTER] = str(running.episode.adapter)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
+        if message["type"] == "http.response.body":
+            # In a stream this is before "[DONE]", after which clients read no more.
             await _record(running, traffic)
         await send(message)
 

@@ -1,0 +1,82 @@
+"""The commands against a running server: what an operator reads, and what a mistake costs."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+from house import House
+from typer.testing import CliRunner
+
+from server import cli
+from server.commands.client import CommandError
+
+
+def hone(house: House, *arguments: str) -> str:
+    done = CliRunner().invoke(
+        cli.app, [*arguments, "--url", house.url], env={"COLUMNS": "200", "NO_COLOR": "1"}
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def test_an_operators_walk(house: House) -> None:
+    body = {"input": 'CALL look_up {"order": 7}', "episode_id": "run-1", "task_key": "[look]/7"}
+    assert house.http.post("/v1/agents/desk/runs", json=body).status_code == 200
+    for _ in range(2):
+        house.publish(live=True)
+
+    assert "recorded" in hone(house, "feedback", "run-1", "0.5", "--comment", "half right")
+    assert "it is kept" in hone(house, "feedback", "run-9", "1")
+    status = hone(house, "status")
+    assert "1 of 4 episodes are ready" in status
+    assert "desk@v2" in status
+    listed = hone(house, "episodes")
+    assert "run-1" in listed
+    assert "success=0.5" in listed
+    assert "[look]/7" in listed, "what clients wrote is no markup"
+    shown = hone(house, "episode", "run-1")
+    assert "look_up" in shown
+    assert "ok: order 7 is sent" in shown
+    assert "0.500" in shown
+
+    assert "would lead to desk@v1" in hone(house, "releases", "desk")
+    assert "desk@v1 is live" in hone(house, "rollback", "desk", "--reason", "worse")
+    assert "rolled_back" in hone(house, "releases", "desk")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["episode", "none"], "episode 'none' does not exist"),
+        (["releases", "none"], "policy 'none' does not exist"),
+        (["rollback", "desk"], "nothing is below it"),
+    ],
+)
+def test_the_servers_refusals_are_told(
+    shared_house: House, arguments: list[str], message: str
+) -> None:
+    done = CliRunner().invoke(cli.app, [*arguments, "--url", shared_house.url])
+    assert isinstance(done.exception, CommandError)
+    assert message in str(done.exception)
+
+
+def test_mistakes_are_a_line_and_status_1() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["status", "--url", f"http://127.0.0.1:{port}"], "no server answers"),
+            (["serve", "--host", "0.0.0.0"], "api_key"),
+            (["serve", "--set", "engine.max_lora=1"], "max_lora"),
+            (["serve", "--config", "none.toml"], "none.toml"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "server", *arguments],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stdout) == (1, "")
+            assert message in done.stderr
+            assert "Traceback" not in done.stderr

@@ -1,0 +1,70 @@
+"""One settings tree: who wins, what is refused, and what the trainer is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings, described, load_settings
+
+
+@pytest.fixture(autouse=True)
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HONE_CONFIG", "HONE_HTTP__PORT", "HONE_MODEL__PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("hone.toml").write_text(
+        '[http]\nport = 1\n[model]\npath = "file"\ndtype = "float32"\n[trainer]\nthreads = 2\n'
+    )
+    monkeypatch.setenv("HONE_HTTP__PORT", "2")
+    monkeypatch.setenv("HONE_MODEL__PATH", "env")
+    settings = load_settings({"http.port": 3, "model.path": None})
+    assert (settings.http.port, settings.model.path) == (3, "env")
+    assert (settings.model.dtype, settings.http.host) == ("float32", "127.0.0.1")
+
+
+def test_a_named_file_must_exist_and_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"other\.toml"):
+        load_settings({"config": "other.toml"})
+    Path("other.toml").write_text('agents = "elsewhere"\n')
+    settings = load_settings({"config": "other.toml", "model.max_lora_rank": 8})
+    shared = settings.shared_environment()
+    assert shared["HONE_CONFIG"] == "other.toml"
+
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    read_back = load_settings()
+    assert (read_back.agents, read_back.model) == (Path("elsewhere"), settings.model)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"http.host": "0.0.0.0"}, "api_key"),
+        ({"http.host": "box.example"}, "api_key"),
+        ({"http.api_key": ""}, "empty"),
+        ({"http.prot": 1}, "prot"),
+        ({"modle.path": "x"}, "modle"),
+        ({"engine.max_loras": "many"}, "max_loras"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        load_settings(flags)
+
+
+def test_others_are_let_in_with_a_key_and_loopback_without() -> None:
+    assert load_settings({"http.host": "0.0.0.0", "http.api_key": "k"}).http.host == "0.0.0.0"
+    for host in ("localhost", "127.0.0.2", "::1"):
+        assert load_settings({"http.host": host}).http.api_key is None
+
+
+def test_a_flags_help_is_its_settings_own() -> None:
+    assert described("http.port") == type(Settings().http).model_fields["port"].description
