@@ -24,7 +24,7 @@ class ToolCall:
     name: str
     arguments: Mapping[str, Any]
     status: ToolStatus
-    """ok; error: the tool answered with a failure; refused: policy of the owner; timeout; invalid:
+    """ok; error: the tool answered with a failure; refused: the owner's policy; timeout; invalid:
     no such tool, or arguments that its schema refuses."""
     result: str
     """The text that the model was shown."""
@@ -41,7 +41,7 @@ class Turn:
     token_ids: Sequence[int]
     """The engine's own sampled ids, end-of-turn token included."""
     logprobs: Sequence[float] | None
-    """The behaviour policy's log-probability of each sampled id; None makes the turn untrainable."""
+    """The behaviour policy's log-probability of each sampled id; None: never trained on."""
     text: str
     stop_reason: str
     tool_calls: Sequence[ToolCall] = ()

@@ -49,7 +49,7 @@ class Engine(Protocol):
 
     @property
     def loaded(self) -> frozenset[AdapterRef]:
-        """Adapter versions that can be routed to now. The base model (`version == 0`) always can."""
+        """Versions that can be routed to now; the base model (`version == 0`) always can."""
         ...
 
     def stream(
@@ -73,7 +73,7 @@ class Engine(Protocol):
         ...
 
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
-        """log p(token_ids[i + 1] | token_ids[: i + 1]) at temperature 1, `len(token_ids) - 1` nats."""
+        """log p(token_ids[i + 1] | token_ids[: i + 1]) at temperature 1, nats; one fewer than ids."""
         ...
 
     async def healthy(self) -> bool:

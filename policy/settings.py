@@ -16,7 +16,7 @@ class ModelSettings(BaseModel):
         "pocket", description="'pocket' (shipped), a local folder, or a Hugging Face model id."
     )
     dtype: str = Field("auto", description="Weights' type while serving: auto, float32, bfloat16.")
-    adapters: Path = Field(Path("var/adapters"), description="Folder of published adapter versions.")
+    adapters: Path = Field(Path("var/adapters"), description="Folder of published versions.")
     max_lora_rank: int = Field(16, ge=1, le=512, description="Largest adapter rank that is served.")
 
 

@@ -18,7 +18,7 @@ _NAME = re.compile(r"(?P<policy>[a-z][a-z0-9._-]{0,62})@v(?P<version>0|[1-9][0-9
 
 @dataclass(frozen=True, slots=True, order=True)
 class AdapterRef:
-    """The name of one immutable adapter version, written `policy@vN`. Version 0 is the base model."""
+    """The name of one immutable adapter version, `policy@vN`. Version 0 is the base model."""
 
     policy: str
     version: int
@@ -36,7 +36,7 @@ class AdapterRef:
         match = _NAME.match(text)
         if match is None:
             raise ValueError(
-                f"adapter name is {text!r}; expected POLICY@vN, lower case, for example 'support@v7'"
+                f"adapter name is {text!r}; expected lower-case POLICY@vN, such as 'support@v7'"
             )
         return cls(match["policy"], int(match["version"]))
 
