@@ -17,7 +17,6 @@ from typing import Any, get_args
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from feedback.errors import RecordError
 from feedback.types import Purpose
 from policy.chat import ParsedTurn
 from policy.engine import EngineError
@@ -148,9 +147,9 @@ async def _record(running: RunningCall, traffic: PlainTraffic) -> None:
         generation = running.generations.pop(0)
         try:
             await traffic.record(running.episode, generation)
-        except RecordError as error:
-            # The answer is worth more to the client than our record of it.
-            logger.error("a turn of episode %s is not recorded: %s", running.episode.id, error)
+        except Exception:
+            # A full disk, say: the answer is worth more to the client than our record of it.
+            logger.exception("a turn of episode %s is not recorded", running.episode.id)
 
 
 def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Routing) -> ChatCall:

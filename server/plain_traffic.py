@@ -227,6 +227,7 @@ def _turn(index: int, generation: Generation) -> Turn:
         logprobs=generation.logprobs,
         text=generation.text,
         stop_reason=generation.stop_reason,
+        fault="cut off: the client hung up" if generation.stop_reason == "abort" else None,
         started_at=generation.started_at,
         seconds=generation.seconds,
     )
