@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from record_samples import episode, event, judged, turn
 from sqlmodel import Session
 
 from feedback.errors import LeaseLost
@@ -15,6 +14,7 @@ from feedback.spec import LearningSpec, MetricSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
 from feedback.training import Claim, Readiness
 from policy.releases import Releases
+from tests.feedback.record_samples import episode, event, judged, turn
 
 NOW = 1000.0
 

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 
-from record_samples import event
-
 from feedback.store import Store
+from tests.feedback.record_samples import event
 
 INGEST = """
 import asyncio, sys, time
@@ -43,7 +42,8 @@ def test_acknowledged_feedback_survives_kill_9(store: Store, url: str) -> None:
         lines = [process.stdout.readline()]  # it runs
         time.sleep(chance.uniform(0.0, 0.3))
         process.kill()
-        rest, _ = process.communicate(timeout=30)
+        rest = process.stdout.read()  # not communicate(): it forgets what readline() read ahead
+        process.wait(timeout=30)
         # The kill may cut the last line short; such an id was not acknowledged to anybody.
         lines += [line for line in rest.splitlines(keepends=True) if line.endswith("\n")]
         assert all(line.startswith("recorded ") for line in lines)

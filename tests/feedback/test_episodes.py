@@ -6,13 +6,13 @@ import struct
 from dataclasses import replace
 
 import pytest
-from record_samples import episode, event, turn
 from sqlalchemy import select
 
 from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
 from feedback.rows import TURN
 from feedback.store import Store
 from feedback.types import ToolCall, Turn
+from tests.feedback.record_samples import episode, event, turn
 
 
 def float32(value: float) -> float:

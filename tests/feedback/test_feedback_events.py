@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from record_samples import episode, event
 
 from feedback.spec import LearningSpec
 from feedback.store import Store
+from tests.feedback.record_samples import episode, event
 
 SPEC = LearningSpec(policy="desk")
 

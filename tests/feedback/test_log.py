@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from record_samples import episode, event, turn
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
 from feedback.errors import EpisodeMissing, TurnOutOfOrder
 from feedback.log import Log, LogClosed
 from feedback.store import Store
+from tests.feedback.record_samples import episode, event, turn
 
 
 @pytest.fixture

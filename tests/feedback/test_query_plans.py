@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from record_samples import episode, event, judged, turn
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
 from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
+from tests.feedback.record_samples import episode, event, judged, turn
 
 SPEC = LearningSpec(policy="desk", training=TrainingSpec(min_episodes=1))
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from record_samples import event
 
 from feedback.reward import effective_values, outcome_of, reward_of
 from feedback.spec import MetricSpec, RewardSpec
 from feedback.types import FeedbackEvent
+from tests.feedback.record_samples import event
 
 SUCCESS = RewardSpec()
 MIXED = RewardSpec(

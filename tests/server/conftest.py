@@ -6,25 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import House, running, scripted_parts, settings_in
 
-AGENT = """
-name: desk
-policy: desk
-system: You work at the desk.
-tools:
-  - python: house_tools:look_up
-limits: {turns: 3, tokens: 400, seconds: 20}
-sampling: {max_tokens: 300}
-reward:
-  metrics: {success: {weight: 1.0}}
-training: {min_episodes: 4}
-"""
-
-
-def write_agent(folder: Path, text: str = AGENT, name: str = "desk") -> None:
-    (folder / "agents").mkdir(exist_ok=True)
-    (folder / "agents" / f"{name}.yaml").write_text(text)
+from tests.server.house import House, running, scripted_parts, settings_in, write_agent
 
 
 @pytest.fixture

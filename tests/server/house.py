@@ -43,6 +43,18 @@ TEMPLATE = (
 )
 BASE_DIGEST = "sha256:scripted"
 SLOTS = 3
+AGENT = """
+name: desk
+policy: desk
+system: You work at the desk.
+tools:
+  - python: tests.server.house_tools:look_up
+limits: {turns: 3, tokens: 400, seconds: 20}
+sampling: {max_tokens: 300}
+reward:
+  metrics: {success: {weight: 1.0}}
+training: {min_episodes: 4}
+"""
 
 
 @cache
@@ -203,6 +215,11 @@ def settings_in(folder: Path, **flags: Any) -> Settings:
             **{key.replace("__", "."): value for key, value in flags.items()},
         }
     )
+
+
+def write_agent(folder: Path, text: str = AGENT, name: str = "desk") -> None:
+    (folder / "agents").mkdir(exist_ok=True)
+    (folder / "agents" / f"{name}.yaml").write_text(text)
 
 
 def scripted_parts(folder: Path, **changes: Any) -> Parts:

@@ -11,11 +11,18 @@ from typing import Any
 
 import pytest
 import uvicorn
-from conftest import write_agent
 from fastapi import FastAPI, HTTPException
-from house import House, running, scripted_engine, scripted_parts, settings_in, wait_until
 
 from policy.types import AdapterRef
+from tests.server.house import (
+    House,
+    running,
+    scripted_engine,
+    scripted_parts,
+    settings_in,
+    wait_until,
+    write_agent,
+)
 
 CALL = 'CALL get_order {"order": 7}'
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from house import House
 from typer.testing import CliRunner
 
 from server import cli
 from server.commands.client import CommandError
+from tests.server.house import House
 
 
 def hone(house: House, *arguments: str) -> str:

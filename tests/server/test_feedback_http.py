@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from house import House
+from tests.server.house import House
 
 
 def run(house: House, **body: Any) -> dict[str, Any]:

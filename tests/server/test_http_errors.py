@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import write_agent
-from house import House, running, scripted_parts, settings_in
+
+from tests.server.house import House, running, scripted_parts, settings_in, write_agent
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
 GOOD = '{"episode_id": "ep_1", "value": '

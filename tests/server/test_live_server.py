@@ -20,9 +20,9 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from conftest import write_agent
 from fastapi import FastAPI
-from house import byte_chat, wait_until
+
+from tests.server.house import byte_chat, wait_until, write_agent
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TOOL: Any = {

@@ -9,11 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import write_agent
-from house import House, byte_chat, running, scripted_parts, settings_in
 
 from policy.scripted import scripted_logprobs
 from policy.types import AdapterRef
+from tests.server.house import House, byte_chat, running, scripted_parts, settings_in, write_agent
 
 
 def user(text: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from house import BASE_DIGEST, SLOTS, publish, scripted_engine
 
 from feedback.store import Store
 from policy.leases import Leases
@@ -16,6 +15,7 @@ from policy.scripted import ScriptedEngine
 from policy.types import Adapter, AdapterRef
 from server.errors import NotFound
 from server.release_controller import ReleaseController
+from tests.server.house import BASE_DIGEST, SLOTS, publish, scripted_engine
 
 
 class Site:

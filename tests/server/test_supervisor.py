@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from house import wait_until
 
 from server import supervisor
 from server.supervisor import Supervisor
+from tests.server.house import wait_until
 
 
 async def until(condition: Callable[[], bool]) -> None:
