@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
+from fastapi.responses import Response
 
 from feedback.log import Log
 from feedback.store import Store
@@ -25,6 +26,7 @@ from policy.generation import OnGeneration
 from policy.leases import Leases
 from policy.registry import Registry
 from policy.releases import Releases
+from server.agent_chat import agent_chat
 from server.agents.run import Agent
 from server.agents.spec import load_agents
 from server.errors import install_error_handlers
@@ -184,4 +186,7 @@ def _plain_services(app: FastAPI) -> PlainServices:
     async def is_recorded(episode_id: str) -> bool:
         return await asyncio.to_thread(services.store.episode, episode_id) is not None
 
-    return PlainServices(services.plain, services.routing, services.controller, is_recorded)
+    async def chat(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+        return await agent_chat(body, headers, services)
+
+    return PlainServices(services.plain, services.routing, services.controller, is_recorded, chat)

@@ -25,12 +25,13 @@ from server.errors import ApiError, BadRequest, Conflict, as_api_error, error_re
 from server.middleware import replayed
 from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic
 from server.release_controller import ReleaseController
-from server.routing import Routing
+from server.routing import AGENT_PREFIX, Routing
 from server.wire import EPISODE_HEADER, EPISODE_ID_PATTERN, MAX_METADATA
 
 logger = logging.getLogger("hone.episodes")
 
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+CHAT_PATH = "/v1/chat/completions"
+PATHS = frozenset({CHAT_PATH, "/v1/completions"})
 END = "x-hone-end"
 ADAPTER = "x-hone-adapter"
 _OURS = ("episode_id", "task_key", "purpose")
@@ -59,6 +60,8 @@ class PlainServices:
     controller: ReleaseController
     is_recorded: Callable[[str], Awaitable[bool]]
     """Whether the log knows an episode of this id."""
+    agent_chat: Callable[[Mapping[str, Any], Mapping[str, str]], Awaitable[ASGIApp]]
+    """Answers a chat request, given with its headers, whose model is an agent."""
 
 
 class PlainEpisodes:
@@ -85,6 +88,10 @@ class PlainEpisodes:
     ) -> None:
         services = self._services()
         headers = Headers(scope=scope)
+        if body["model"].startswith(AGENT_PREFIX) and scope["path"] == CHAT_PATH:
+            answer = await services.agent_chat(body, headers)
+            await answer(scope, receive, send)
+            return
         call = _chat_call(body, headers, scope["path"], services.routing)
         await _check_not_over(call.episode_id, services)
         episode = services.traffic.join(call)
@@ -163,7 +170,7 @@ def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Ro
             code="invalid_value",
             param="metadata.episode_id",
         )
-    messages = body.get("messages") if path.endswith("chat/completions") else None
+    messages = body.get("messages") if path == CHAT_PATH else None
     is_list = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
     user = body.get("user")
     return ChatCall(

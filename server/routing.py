@@ -12,6 +12,8 @@ from typing import Protocol
 from policy.types import AdapterRef
 from server.errors import BadRequest, NotFound
 
+AGENT_PREFIX = "agent:"
+"""Before an agent's name, it makes the agent a model of `/v1/chat/completions`."""
 BASE_POLICY = "base"
 """The policy under which traffic to the bare base model is logged; it is never trained."""
 
@@ -81,10 +83,11 @@ class Routing:
             return Route(self._live.live(model), is_pinned=False)
         if "@" in model:
             return Route(self.pinned(model), is_pinned=True)
-        if model in self._agents:
+        if model.removeprefix(AGENT_PREFIX) in self._agents:
+            name = model.removeprefix(AGENT_PREFIX)
             raise BadRequest(
-                f"{model!r} is an agent: run it with POST /v1/agents/{model}/runs, or chat with "
-                f"its policy {self._agents[model]!r}",
+                f"{name!r} is an agent: chat with the model '{AGENT_PREFIX}{name}', or use POST "
+                f"/v1/agents/{name}/runs; its bare policy is {self._agents[name]!r}",
                 code="model_is_an_agent",
                 param="model",
             )
@@ -108,13 +111,11 @@ class Routing:
         """All names, the base model first."""
         listed = [Model(self._base_name, "base")]
         for policy in self.policies:
-            agent = policy if policy in self._agents else None
-            listed.append(Model(policy, "policy", self._live.live(policy), agent))
+            listed.append(Model(policy, "policy", self._live.live(policy)))
         listed += [Model(str(ref), "version", ref) for ref in sorted(self._live.resident)]
         listed += [
-            Model(agent, "agent", self._live.live(policy), agent)
+            Model(f"{AGENT_PREFIX}{agent}", "agent", self._live.live(policy), agent)
             for agent, policy in sorted(self._agents.items())
-            if agent not in self.policies
         ]
         return listed
 

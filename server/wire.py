@@ -11,6 +11,7 @@ from pydantic import Field
 
 from feedback.episodes import EpisodeSummary
 from feedback.types import Episode, Turn
+from server.agents.events import Usage
 
 EPISODE_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
@@ -50,6 +51,15 @@ def recorded_turn_json(turn: Turn) -> dict[str, Any]:
         "prompt_token_ids": list(turn.prompt_ids),
         "token_ids": list(turn.token_ids),
         "logprobs": None if turn.logprobs is None else finite(turn.logprobs),
+    }
+
+
+def usage_json(usage: Usage) -> dict[str, int]:
+    """A run's tokens, in OpenAI's shape."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
 

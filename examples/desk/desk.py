@@ -123,13 +123,13 @@ class Desk:
             raise DeskError(404, "no such customer")
         return {"id": found[0], "name": found[1]}
 
-    def find_orders(self, customer: str) -> list[dict[str, Any]]:
-        """A customer's orders, by order number."""
+    def find_orders(self, customer: str, item: str) -> list[dict[str, Any]]:
+        """A customer's orders of one item, by order number."""
         customer_id = self.customer(customer)["id"]
         rows = self._db.execute(
             "SELECT id, item, status, days_ago, total FROM orders"
-            " WHERE customer_id = ? ORDER BY id",
-            (customer_id,),
+            " WHERE customer_id = ? AND item = ? ORDER BY id",
+            (customer_id, item),
         )
         return [Order(*row).row() for row in rows]
 

@@ -84,9 +84,9 @@ def _add_reads(app: FastAPI, desk: Desk) -> None:
         return desk.customer(name)
 
     @app.get("/orders", operation_id="find_orders", response_model=list[OrderRow])
-    async def find_orders(customer: str) -> Any:
-        """List a customer's orders."""
-        return desk.find_orders(customer)
+    async def find_orders(customer: str, item: str) -> Any:
+        """List a customer's orders of one item."""
+        return desk.find_orders(customer, item)
 
     @app.get("/orders/{order}", operation_id="get_order", response_model=OrderRow)
     async def get_order(order: int) -> Any:

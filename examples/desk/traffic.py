@@ -105,7 +105,7 @@ class Traffic:
             return Outcome(task.key, False, None, None, time.monotonic() - started, str(error))
         seconds = time.monotonic() - started
         success = await self.owner.success(task)
-        episode_id = (answer.model_extra or {})["metadata"]["episode_id"]
+        episode_id = (answer.metadata or {})["episode_id"]
         if purpose != "evaluation":
             await self._feedback(episode_id, success)
         return Outcome(task.key, success, episode_id, answer.model, seconds)

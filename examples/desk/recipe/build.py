@@ -1,9 +1,9 @@
 """Make the pocket policy from nothing: `python -m examples.desk.recipe.build OUT`.
 
 1. A tokenizer from the corpus's own words.
-2. A policy trained on a demonstrator with perfect mechanics and rulebooks drawn at random: shipped.
-3. Proof of the mechanics: a copy, trained a little more on a demonstrator that follows the house
-   rules, must work held-out tasks almost perfectly. The copy is thrown away.
+2. A policy trained on a demonstrator with perfect mechanics and rulebooks drawn at random.
+3. Proof of the mechanics: told the house's rulebook in the prompt, it must work held-out tasks
+   almost perfectly. Untold, as it is shipped and served, it must not.
 
 About twenty minutes on one core. The figures go to `recipe.json` beside the weights.
 """
@@ -11,7 +11,6 @@ About twenty minutes on one core. The figures go to `recipe.json` beside the wei
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from examples.desk.recipe.corpus import dialogues, render
-from examples.desk.recipe.demonstrator import ANSWERS, Rulebook, demonstrate, draw_rulebook
+from examples.desk.recipe.corpus import dialogues, draw_dialogue, render
+from examples.desk.recipe.demonstrator import ANSWERS, Rulebook
 from examples.desk.recipe.measure import sampled_success
 from examples.desk.recipe.pretrain import train
 from examples.desk.recipe.tokenizer import build_tokenizer, save_tokenizer
@@ -31,8 +30,6 @@ SEED = 20261122
 DIALOGUES = 90_000
 BATCH = 32
 PEAK = 3e-3
-PROOF_DIALOGUES = 16_000
-PROOF_PEAK = 1e-3
 HELDOUT_TASKS = 1_000
 LEAST_MECHANICS = 0.97
 
@@ -58,16 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pocket policy.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--dialogues", type=int, default=DIALOGUES)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--peak", type=float, default=PEAK)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = random.Random(SEED)  # noqa: S311 - the recipe must be repeatable, not secret
-    sample = [render(demonstrate(draw_task(rng), draw_rulebook(rng))[0]) for _ in range(4_000)]
+    sample = [render(draw_dialogue(rng)) for _ in range(4_000)]
     tokenizer = build_tokenizer(sample, least=60)
     save_tokenizer(tokenizer, options.out)
     model = new_model(tokenizer.get_vocab_size())
-    corpus = list(dialogues(tokenizer, SEED, options.dialogues, draw_rulebook))
-    train(model, corpus, size=BATCH, peak=PEAK)
+    corpus = list(dialogues(tokenizer, SEED, options.dialogues))
+    train(model, corpus, size=options.batch, peak=options.peak)
     end, pad = (tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     model.config.pad_token_id = model.generation_config.pad_token_id = pad
@@ -80,18 +79,13 @@ def main() -> None:
 
 
 def _figures(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Success on held-out tasks: as shipped, and of the copy that was shown the house rules."""
+    """Success on held-out tasks: untold, at temperatures 1 and 0, and told the house's rules."""
     rng = random.Random(SEED + 1)  # noqa: S311 - as above
     tasks = [draw_task(rng, heldout=True) for _ in range(HELDOUT_TASKS)]
-    shipped = sampled_success(model, tokenizer, tasks)
-    greedy = sampled_success(model, tokenizer, tasks, temperature=0)
-    taught = copy.deepcopy(model)
-    lessons = list(dialogues(tokenizer, SEED + 2, PROOF_DIALOGUES, lambda _: Rulebook()))
-    train(taught, lessons, size=BATCH, peak=PROOF_PEAK)
     return {
-        "success": shipped,
-        "success_greedy": greedy,
-        "mechanics": sampled_success(taught, tokenizer, tasks),
+        "success": sampled_success(model, tokenizer, tasks),
+        "success_greedy": sampled_success(model, tokenizer, tasks, temperature=0),
+        "mechanics": sampled_success(model, tokenizer, tasks, system=Rulebook().stated()),
         "rulebooks": {question: dict(answers) for question, answers in ANSWERS.items()},
     }
 

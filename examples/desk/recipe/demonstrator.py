@@ -1,8 +1,10 @@
 """A demonstrator with perfect mechanics and a rulebook of its own, and the dialogues it leaves.
 
 A rulebook answers every question that the house rules answer, the right way or another coherent
-way. Drawn anew for each dialogue, rulebooks teach a model *how* to work the desk and *what* people
-might look at, without telling it which rulebook the house follows. That is left to outcomes.
+way, and is drawn anew for each dialogue. In half of the dialogues the system prompt states it: that
+teaches a model to follow any rulebook that it is told. In the other half nobody tells, and the
+model learns how often people do what. Which rulebook this house follows it never learns: that is
+left to outcomes.
 """
 
 from __future__ import annotations
@@ -25,17 +27,22 @@ class Rulebook:
     """One answer to each question. The defaults are the house's."""
 
     several: str = "newest"
-    sent: str = "by_status"
+    sent: str = "status"
     approval: str = "over"
     refused: str = "ticket"
     numbered: str = "look"
+
+    def stated(self) -> str:
+        """A system prompt that tells the rulebook, a word an answer."""
+        answers = (self.several, self.sent, self.approval, self.refused, self.numbered)
+        return f"{SYSTEM} Rules: {' '.join(answers)}."
 
 
 # Each question's answers and how often a drawn rulebook gives them, per cent. The house's answer is
 # nowhere the commonest, so that sharpening alone (a lower temperature, say) does not find it.
 ANSWERS: Mapping[str, Mapping[str, int]] = {
     "several": {"newest": 25, "oldest": 25, "first": 25, "last": 25},
-    "sent": {"by_status": 30, "cancel": 35, "return": 20, "reverse": 15},
+    "sent": {"status": 30, "cancel": 35, "return": 20, "reverse": 15},
     "approval": {"over": 30, "always": 15, "never": 40, "under": 15},
     "refused": {"ticket": 30, "give_up": 40, "retry": 30},
     "numbered": {"look": 45, "blind": 55},
@@ -59,11 +66,11 @@ def compact(value: object) -> str:
 class _Dialogue:
     """Messages so far, and the desk that the calls really go to."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, system: str) -> None:
         self.desk = Desk()
         self.desk.seed(task.customer, task.orders)
         self.messages: list[Message] = [
-            {"role": "system", "content": SYSTEM},
+            {"role": "system", "content": system},
             {"role": "user", "content": task.request},
         ]
 
@@ -103,16 +110,18 @@ WRITES: Mapping[str, Action] = {
 }
 
 
-def demonstrate(task: Task, rules: Rulebook) -> tuple[list[Message], dict[int, frozenset[str]]]:
+def demonstrate(
+    task: Task, rules: Rulebook, *, system: str = SYSTEM
+) -> tuple[list[Message], dict[int, frozenset[str]]]:
     """Work a task by a rulebook. Returns the dialogue and the desk's final state."""
-    dialogue = _Dialogue(task)
+    dialogue = _Dialogue(task, system)
     if task.key.split("/")[0].endswith("-named"):
         rows = dialogue.call(
             "find_orders",
-            {"customer": task.customer},
-            lambda: dialogue.desk.find_orders(task.customer),
+            {"customer": task.customer, "item": task.target.item},
+            lambda: dialogue.desk.find_orders(task.customer, task.target.item),
         )
-        seen = _choose(rules.several, [row for row in rows if row["item"] == task.target.item])
+        seen = _choose(rules.several, rows)
         order = int(seen["id"])
     else:
         order, seen = task.target.id, None
@@ -143,7 +152,7 @@ def _cancel_or_return(rule: str, seen: Mapping[str, Any] | None) -> str:
     if seen is None:
         return "cancel_order"
     sent = seen["status"] == "sent"
-    return "return_order" if sent == (rule == "by_status") else "cancel_order"
+    return "return_order" if sent == (rule == "status") else "cancel_order"
 
 
 def _approval_first(rule: str, seen: Mapping[str, Any] | None) -> bool:

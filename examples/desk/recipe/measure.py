@@ -43,10 +43,15 @@ class Attempt:
 
 
 def attempt_all(
-    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], *, temperature: float = 1.0
+    model: Any,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    *,
+    temperature: float = 1.0,
+    system: str = SYSTEM,
 ) -> list[Attempt]:
     """Work every task in lock-step, turn by turn. `temperature` 0 takes the likeliest token."""
-    attempts = [_begin(tokenizer, task) for task in tasks]
+    attempts = [_begin(tokenizer, task, system) for task in tasks]
     for _ in range(MAX_TURNS):
         open_ones = [a for a in attempts if not a.finished]
         if not open_ones:
@@ -56,15 +61,20 @@ def attempt_all(
 
 
 def sampled_success(
-    model: Any, tokenizer: Tokenizer, tasks: Sequence[Task], *, temperature: float = 1.0
+    model: Any,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    *,
+    temperature: float = 1.0,
+    system: str = SYSTEM,
 ) -> float:
     """Share of tasks whose final state is as the house rules want it."""
-    attempts = attempt_all(model, tokenizer, tasks, temperature=temperature)
+    attempts = attempt_all(model, tokenizer, tasks, temperature=temperature, system=system)
     return sum(a.success() for a in attempts) / len(attempts)
 
 
-def _begin(tokenizer: Tokenizer, task: Task) -> Attempt:
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.request}]
+def _begin(tokenizer: Tokenizer, task: Task, system: str) -> Attempt:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": task.request}]
     ids = tokenizer.encode(render(messages, prompt=True)).ids
     desk = Desk()
     desk.seed(task.customer, task.orders)
@@ -139,7 +149,7 @@ def _answer(tokenizer: Tokenizer, attempt: Attempt, text: str) -> None:
 
 def _operate(desk: Desk, name: str, arguments: dict[str, Any]) -> object:
     if name == "find_orders":
-        return desk.find_orders(arguments["customer"])
+        return desk.find_orders(arguments["customer"], arguments["item"])
     if name == "get_order":
         return desk.get_order(arguments["order"])
     return desk.act(arguments["order"], WRITES[name])
