@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help setup demo serve test check format curves clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv (ENGINE=cpu or gpu)
 
@@ -21,10 +21,10 @@ demo: $(READY) ## An agent learns a real desk's house rules from outcomes (ARGS=
 serve: $(READY) ## Leave the desk and Hone running, for you to play with
 	$(BIN)/python -m examples.desk.play $(ARGS)
 
-test: check ## Types, style, import contracts, and every test, on the real engine
+test: check ## Check, then run every test on the real engine (ARGS="tests/policy --durations=9")
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)
+check: $(READY) ## Style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,5 +37,6 @@ format: $(READY) ## Let ruff put the code in order
 curves: $(READY) ## Run the demo for three seeds, K=1 and K=6, and draw docs/curve.png (an hour)
 	$(BIN)/python -m benchmarks.learning
 
-clean: ## Remove .venv and what the demo wrote
-	rm -rf .venv var
+clean: ## Remove .venv, caches and what demos wrote; the record that `make serve` keeps stays
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .ruff_cache build dist
+	rm -rf var/demo var/curves

