@@ -73,7 +73,7 @@ class Engine(Protocol):
         ...
 
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
-        """log p(token_ids[i + 1] | token_ids[: i + 1]) at temperature 1, nats; one fewer than ids."""
+        """log p(token_ids[i + 1] | token_ids[: i + 1]) at temperature 1 (nats); one fewer."""
         ...
 
     async def healthy(self) -> bool:
