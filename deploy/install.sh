@@ -23,9 +23,15 @@ command -v "$python" >/dev/null 2>&1 ||
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "Hone needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3"
 
-# A .venv that was left unfinished, whose Python is gone, or that holds the other engine (both are
-# a package `vllm`, on different builds of torch) is made anew.
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+# Half a .venv is worse than none: without pyvenv.cfg its python is the one beneath it, and pip would
+# write there.
+export PIP_REQUIRE_VIRTUALENV=1
+is_whole() {
+    "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null
+}
+# What was left unfinished, whose Python is gone, or that holds the other engine (both are a package
+# `vllm`, on different builds of torch) is made anew.
+if ! is_whole ||
     "$venv/bin/python" -m pip show --quiet "$other" >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv" || {
         rm -rf "$venv"
@@ -67,4 +73,5 @@ if [ "$engine" = cpu ]; then
     # Otherwise from PyTorch's own index of CPU builds.
     [ "$at_hand" = yes ] || set -- "$@" --torch-backend=cpu
 fi
+is_whole || fail "$venv broke meanwhile; is another run of this script at work? Run it again"
 exec "$venv/bin/python" -m uv pip install --python "$venv/bin/python" --compile-bytecode "$@"
