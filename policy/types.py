@@ -93,6 +93,9 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    bent_by: str | None = None
+    """What besides temperature shaped the distribution (top_p, a grammar ...). The trainer cannot
+    redo it, so its log-probabilities are not the behaviour policy's as the trainer knows it."""
 
 
 @dataclass(frozen=True, slots=True)

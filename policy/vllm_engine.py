@@ -347,7 +347,25 @@ def _sampling_of(params: SamplingParams) -> Sampling:
         max_tokens=params.max_tokens or 0,
         stop=tuple(params.stop or ()),
         seed=params.seed,
+        bent_by=_bent_by(params),
     )
+
+
+def _bent_by(params: SamplingParams) -> str | None:
+    bends = {
+        "top_p": params.top_p < 1,
+        "top_k": params.top_k > 0,
+        "min_p": params.min_p > 0,
+        "presence_penalty": params.presence_penalty != 0,
+        "frequency_penalty": params.frequency_penalty != 0,
+        "repetition_penalty": params.repetition_penalty != 1,
+        "min_tokens": params.min_tokens > 0,
+        "logit_bias": bool(params.logit_bias),
+        "bad_words": bool(params.bad_words),
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "a structured output": params.structured_outputs is not None,
+    }
+    return next((name for name, bent in bends.items() if bent), None)
 
 
 class VllmEngine:

@@ -74,6 +74,8 @@ class OpenEpisode:
     reply: str = ""
     """What was sampled last."""
     n_turns: int = 0
+    temperature: float = 1.0
+    """Of its first turn."""
     active: int = 0
     """Calls that are running."""
     touched_at: float = 0.0
@@ -136,7 +138,8 @@ class PlainTraffic:
         async with episode.lock:
             if not episode.n_turns:
                 await self._begin(episode, generation)
-            await self._log.append_turn(episode.id, _turn(episode.n_turns, generation))
+            turn = _turn(episode.n_turns, generation, episode.temperature)
+            await self._log.append_turn(episode.id, turn)
             episode.n_turns += 1
             episode.reply = generation.text
 
@@ -150,6 +153,7 @@ class PlainTraffic:
                 logger.error("episode %s could not be ended: %s", episode.id, error)
 
     async def _begin(self, episode: OpenEpisode, generation: Generation) -> None:
+        episode.temperature = generation.sampling.temperature
         await self._log.begin(
             Episode(
                 id=episode.id,
@@ -158,7 +162,7 @@ class PlainTraffic:
                 task_key=episode.task_key,
                 started_at=generation.started_at,
                 purpose=episode.purpose,
-                temperature=generation.sampling.temperature,
+                temperature=episode.temperature,
                 metadata=episode.metadata,
             )
         )
@@ -219,15 +223,21 @@ def _check_same(episode: OpenEpisode, call: ChatCall) -> None:
         )
 
 
-def _turn(index: int, generation: Generation) -> Turn:
+def _turn(index: int, generation: Generation, temperature: float) -> Turn:
+    """`temperature` is the episode's: the trainer has one for all its turns."""
+    unlike = generation.sampling.temperature != temperature
+    bent_by = "another temperature" if unlike else generation.sampling.bent_by
+    fault = None if bent_by is None else f"not trained on: sampled with {bent_by}"
+    if generation.stop_reason == "abort":
+        fault = "cut off: the client hung up"
     return Turn(
         index=index,
         prompt_ids=generation.prompt_ids,
         token_ids=generation.token_ids,
-        logprobs=generation.logprobs,
+        logprobs=generation.logprobs if bent_by is None else None,
         text=generation.text,
         stop_reason=generation.stop_reason,
-        fault="cut off: the client hung up" if generation.stop_reason == "abort" else None,
+        fault=fault,
         started_at=generation.started_at,
         seconds=generation.seconds,
     )

@@ -71,6 +71,10 @@ class Order:
             "total": self.total,
         }
 
+    def line(self) -> dict[str, Any]:
+        """What a list of orders shows of it."""
+        return {"days_ago": self.days_ago, "id": self.id}
+
 
 class Desk:
     """Every operation of the desk. Raises DeskError where the desk refuses."""
@@ -124,14 +128,14 @@ class Desk:
         return {"id": found[0], "name": found[1]}
 
     def find_orders(self, customer: str, item: str) -> list[dict[str, Any]]:
-        """A customer's orders of one item, by order number."""
+        """A customer's orders of one item, by order number; only `get_order` tells all."""
         customer_id = self.customer(customer)["id"]
         rows = self._db.execute(
             "SELECT id, item, status, days_ago, total FROM orders"
             " WHERE customer_id = ? AND item = ? ORDER BY id",
             (customer_id, item),
         )
-        return [Order(*row).row() for row in rows]
+        return [Order(*row).line() for row in rows]
 
     def get_order(self, order: int) -> dict[str, Any]:
         row = self._db.execute(

@@ -34,6 +34,13 @@ class OrderRow(BaseModel):
     total: int
 
 
+class OrderLine(BaseModel):
+    """What a list shows of an order."""
+
+    days_ago: int
+    id: int
+
+
 class CustomerRow(BaseModel):
     """A customer."""
 
@@ -83,7 +90,7 @@ def _add_reads(app: FastAPI, desk: Desk) -> None:
         """Look a customer up by name."""
         return desk.customer(name)
 
-    @app.get("/orders", operation_id="find_orders", response_model=list[OrderRow])
+    @app.get("/orders", operation_id="find_orders", response_model=list[OrderLine])
     async def find_orders(customer: str, item: str) -> Any:
         """List a customer's orders of one item."""
         return desk.find_orders(customer, item)

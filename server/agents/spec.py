@@ -58,6 +58,15 @@ class AgentSpec(Strict):
             return {**data, "policy": data["name"]}
         return data
 
+    @model_validator(mode="after")
+    def _learns_from_what_it_sampled(self) -> AgentSpec:
+        if self.training.enabled and self.sampling.top_p != 1:
+            raise ValueError(
+                f"sampling.top_p is {self.sampling.top_p:g}, which the trainer cannot redo; leave "
+                "it at 1, or set training.enabled to false"
+            )
+        return self
+
     @property
     def learning(self) -> LearningSpec:
         """What the trainer reads of this file."""

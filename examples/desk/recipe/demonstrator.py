@@ -1,10 +1,8 @@
 """A demonstrator with perfect mechanics and a rulebook of its own, and the dialogues it leaves.
 
 A rulebook answers every question that the house rules answer, the right way or another coherent
-way, and is drawn anew for each dialogue. In half of the dialogues the system prompt states it: that
-teaches a model to follow any rulebook that it is told. In the other half nobody tells, and the
-model learns how often people do what. Which rulebook this house follows it never learns: that is
-left to outcomes.
+way. Drawn anew for each dialogue, rulebooks show a model how the desk is worked and what people
+look at, but not which rulebook this house follows. That is left to outcomes.
 """
 
 from __future__ import annotations
@@ -32,16 +30,11 @@ class Rulebook:
     refused: str = "ticket"
     numbered: str = "look"
 
-    def stated(self) -> str:
-        """A system prompt that tells the rulebook, a word an answer."""
-        answers = (self.several, self.sent, self.approval, self.refused, self.numbered)
-        return f"{SYSTEM} Rules: {' '.join(answers)}."
-
 
 # Each question's answers and how often a drawn rulebook gives them, per cent. The house's answer is
 # nowhere the commonest, so that sharpening alone (a lower temperature, say) does not find it.
 ANSWERS: Mapping[str, Mapping[str, int]] = {
-    "several": {"newest": 25, "oldest": 25, "first": 25, "last": 25},
+    "several": {"newest": 30, "oldest": 10, "first": 35, "last": 25},
     "sent": {"status": 30, "cancel": 35, "return": 20, "reverse": 15},
     "approval": {"over": 30, "always": 15, "never": 40, "under": 15},
     "refused": {"ticket": 30, "give_up": 40, "retry": 30},
@@ -66,11 +59,11 @@ def compact(value: object) -> str:
 class _Dialogue:
     """Messages so far, and the desk that the calls really go to."""
 
-    def __init__(self, task: Task, system: str) -> None:
+    def __init__(self, task: Task) -> None:
         self.desk = Desk()
         self.desk.seed(task.customer, task.orders)
         self.messages: list[Message] = [
-            {"role": "system", "content": system},
+            {"role": "system", "content": SYSTEM},
             {"role": "user", "content": task.request},
         ]
 
@@ -97,6 +90,9 @@ class _Dialogue:
         kind = WRITES[name]
         return self.call(name, {"order": order}, lambda: self.desk.act(order, kind)) is not None
 
+    def look(self, order: int) -> Any:
+        return self.call("get_order", {"order": order}, lambda: self.desk.get_order(order))
+
     def say(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
 
@@ -110,25 +106,20 @@ WRITES: Mapping[str, Action] = {
 }
 
 
-def demonstrate(
-    task: Task, rules: Rulebook, *, system: str = SYSTEM
-) -> tuple[list[Message], dict[int, frozenset[str]]]:
+def demonstrate(task: Task, rules: Rulebook) -> tuple[list[Message], dict[int, frozenset[str]]]:
     """Work a task by a rulebook. Returns the dialogue and the desk's final state."""
-    dialogue = _Dialogue(task, system)
+    dialogue = _Dialogue(task)
     if task.key.split("/")[0].endswith("-named"):
         rows = dialogue.call(
             "find_orders",
             {"customer": task.customer, "item": task.target.item},
             lambda: dialogue.desk.find_orders(task.customer, task.target.item),
         )
-        seen = _choose(rules.several, rows)
-        order = int(seen["id"])
+        order = int(_choose(rules.several, rows)["id"])
+        seen = dialogue.look(order)
     else:
-        order, seen = task.target.id, None
-        if rules.numbered == "look":
-            seen = dialogue.call(
-                "get_order", {"order": order}, lambda: dialogue.desk.get_order(order)
-            )
+        order = task.target.id
+        seen = dialogue.look(order) if rules.numbered == "look" else None
     if task.key.startswith("cancel"):
         _write(dialogue, rules, _cancel_or_return(rules.sent, seen), order)
     else:

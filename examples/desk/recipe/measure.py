@@ -48,10 +48,9 @@ def attempt_all(
     tasks: Sequence[Task],
     *,
     temperature: float = 1.0,
-    system: str = SYSTEM,
 ) -> list[Attempt]:
     """Work every task in lock-step, turn by turn. `temperature` 0 takes the likeliest token."""
-    attempts = [_begin(tokenizer, task, system) for task in tasks]
+    attempts = [_begin(tokenizer, task) for task in tasks]
     for _ in range(MAX_TURNS):
         open_ones = [a for a in attempts if not a.finished]
         if not open_ones:
@@ -66,15 +65,14 @@ def sampled_success(
     tasks: Sequence[Task],
     *,
     temperature: float = 1.0,
-    system: str = SYSTEM,
 ) -> float:
     """Share of tasks whose final state is as the house rules want it."""
-    attempts = attempt_all(model, tokenizer, tasks, temperature=temperature, system=system)
+    attempts = attempt_all(model, tokenizer, tasks, temperature=temperature)
     return sum(a.success() for a in attempts) / len(attempts)
 
 
-def _begin(tokenizer: Tokenizer, task: Task, system: str) -> Attempt:
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": task.request}]
+def _begin(tokenizer: Tokenizer, task: Task) -> Attempt:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.request}]
     ids = tokenizer.encode(render(messages, prompt=True)).ids
     desk = Desk()
     desk.seed(task.customer, task.orders)
