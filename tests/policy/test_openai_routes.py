@@ -293,3 +293,23 @@ async def test_malformed_json_is_answered_in_openais_shape(site: Site) -> None:
         reply = await http.post(f"{site.url}/chat/completions", content=b"{not json")
     assert reply.status_code == 400
     assert "JSON" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "bent_by"),
+    [
+        ({"temperature": 0.7}, None),
+        ({"top_p": 0.9}, "top_p"),
+        ({"extra_body": {"top_k": 5}}, "top_k"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "a structured output"),
+    ],
+)
+async def test_the_report_says_what_bent_the_distribution(
+    site: Site, asked: dict[str, Any], bent_by: str | None
+) -> None:
+    await site.client.chat.completions.create(
+        model=str(site.ref), messages=ASK, max_tokens=4, **asked
+    )
+    [report] = await site.reported(1)
+    assert report.sampling.bent_by == bent_by

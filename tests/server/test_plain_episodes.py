@@ -146,3 +146,16 @@ def test_what_is_open_at_the_stop_is_interrupted_and_kept(tmp_path: Path) -> Non
     with running(settings_in(tmp_path), scripted_parts(tmp_path)) as house:
         kept = house.episode(episode)
     assert (kept["stop_reason"], len(kept["turns"])) == ("interrupted", 1)
+
+
+def test_another_temperature_within_an_episode_is_logged_and_never_trained_on(house: House) -> None:
+    talk: list[Any] = [user("one")]
+    first = house.chat("desk", talk)
+    talk += [said(first), user("two")]
+    house.chat("desk", talk, temperature=0.5)
+    warm, cool = house.episode(episode_of(first))["turns"]
+    assert warm["logprobs"] is not None
+    assert (cool["logprobs"], cool["fault"]) == (
+        None,
+        "not trained on: sampled with another temperature",
+    )
