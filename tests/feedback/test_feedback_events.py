@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from feedback.spec import LearningSpec
 from feedback.store import Store
+from feedback.types import FeedbackEvent
 from tests.feedback.record_samples import episode, event
 
 SPEC = LearningSpec(policy="desk")
 
 
-def statuses(store: Store, *events_: object) -> list[str]:
-    return [receipt.status for receipt in store.add_feedback(list(events_))]  # type: ignore[arg-type]
+def statuses(store: Store, *events_: FeedbackEvent) -> list[str]:
+    return [receipt.status for receipt in store.add_feedback(list(events_))]
 
 
 def test_a_repeat_is_a_duplicate_and_a_changed_repeat_a_conflict_that_changes_nothing(
@@ -69,8 +71,8 @@ def test_another_tenant_says_nothing_about_an_episode(store: Store) -> None:
     ],
 )
 def test_a_bad_event_is_refused_with_its_whole_call(
-    store: Store, bad: dict[str, object], words: str
+    store: Store, bad: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        store.add_feedback([event("good"), replace(event("bad"), **bad)])  # type: ignore[arg-type]
+        store.add_feedback([event("good"), replace(event("bad"), **bad)])
     assert store.feedback("e") == []

@@ -69,7 +69,7 @@ class Site:
         return self.reports
 
 
-@pytest_asyncio.fixture(loop_scope="session", scope="session")
+@pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def running_site(
     vllm_engine: VllmEngine, make_adapter: Callable[..., Adapter]
 ) -> AsyncIterator[Site]:

@@ -117,7 +117,7 @@ def test_a_key_is_asked_of_everybody_but_probes(tmp_path: Path) -> None:
             assert (answer.status_code, _error(answer)["code"]) == (401, "invalid_api_key")
         assert house.http.get("/readyz").status_code == 200
         client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="s3cret")
-        assert [m.id for m in client.models.list()] == ["pocket", "desk"]
+        assert [m.id for m in client.models.list()] == ["pocket", "desk", "agent:desk"]
 
 
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(
