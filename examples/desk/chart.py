@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Point:
     success: float
 
 
-def save_chart(curves: dict[str, Sequence[Point]], path: Path) -> None:
+def save_chart(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Draw held-out success over live episodes, a line a curve."""
     mpl.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415 - the backend must be chosen first

@@ -16,12 +16,14 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from examples.desk.desk import Action, Desk, DeskError, Order, Status
 
 OWNER_KEY_VARIABLE = "DESK_OWNER_KEY"
+OrderNumber = Annotated[int, PathParameter(ge=1, le=2**31)]
 
 
 class OrderRow(BaseModel):
@@ -96,7 +98,7 @@ def _add_reads(app: FastAPI, desk: Desk) -> None:
         return desk.find_orders(customer, item)
 
     @app.get("/orders/{order}", operation_id="get_order", response_model=OrderRow)
-    async def get_order(order: int) -> Any:
+    async def get_order(order: OrderNumber) -> Any:
         """Look at one order."""
         return desk.get_order(order)
 
@@ -109,7 +111,7 @@ def _add_writes(app: FastAPI, desk: Desk) -> None:
             summary=summary,
             response_model=Done,
         )
-        async def act(order: int) -> Any:
+        async def act(order: OrderNumber) -> Any:
             return desk.act(order, kind)
 
     write("cancellation", "cancel_order", "cancellation", "Cancel an order.")

@@ -3,8 +3,8 @@
 1. A tokenizer from the corpus's own words.
 2. Mechanics: imitate a demonstrator that follows the house rules, until held-out tasks succeed
    almost always. This proves that the model can do the work, and is not what is shipped.
-3. Forgetting the rules: imitate a demonstrator with perfect mechanics and rulebooks drawn at random.
-   What is left is a policy that can do everything and does not know what this house wants.
+3. Forgetting the rules: imitate a demonstrator with perfect mechanics and rulebooks drawn at
+   random. What is left can do everything and does not know what this house wants.
 
 Ten minutes on one core. The figures go to `recipe.json` beside the weights.
 """

@@ -137,7 +137,7 @@ def _answer(tokenizer: Tokenizer, attempt: Attempt, text: str) -> None:
         shown = compact(_operate(attempt.desk, parsed["name"], parsed["arguments"]))
     except DeskError as refusal:
         shown = compact({"error": refusal.status, "detail": refusal.detail})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         shown = compact({"error": str(error)})
     suffix = render([{"role": "tool", "content": shown}], prompt=True)
     ids = tokenizer.encode(suffix).ids
