@@ -18,10 +18,12 @@ import ctypes
 import gc
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -69,6 +71,10 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 if _gc_was_enabled:
     gc.enable()
 
+# Said at every start, and no user can act on it. The engine process inherits both.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, PromptTooLong
 from policy.generation import GenerationRecorder, OnGeneration
 from policy.probe import judge_probe
@@ -108,7 +114,7 @@ class GroupedPunica(PunicaWrapperCPU):
 
     # Signatures are vLLM's. `add_inputs` is always true and `buffer` never given on this platform.
 
-    def add_lora_linear(  # noqa: PLR0917
+    def add_lora_linear(  # noqa: PLR0917 - vLLM passes these by position
         self, y: Any, x: Any, a: Any, b: Any, scale: float, output_slices: Any, **_: Any
     ) -> None:
         add_lora_(y, x, a, b, scale, output_slices, self._token_groups)
