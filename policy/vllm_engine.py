@@ -175,16 +175,12 @@ def die_with_parent() -> None:
 
 
 def create_vllm_engine(
-    model_path: str | Path,
-    model: ModelSettings,
-    engine: EngineSettings,
-    *,
-    probe_tolerance: float = 0.05,
+    model_path: str | Path, model: ModelSettings, engine: EngineSettings
 ) -> VllmEngine:
     """Start vLLM on the base model at `model_path`; returns once it answers (about 10 s).
 
     Forks: call it on the main thread, before other threads start and before torch computes
-    anything. `probe_tolerance` is the largest |engine - trainer| of a probe, in nats.
+    anything.
     """
     if threading.current_thread() is not threading.main_thread():
         raise EngineError(
@@ -201,7 +197,7 @@ def create_vllm_engine(
         client = TappedClient(
             vllm_config=config, executor_class=TiedExecutor, log_stats=False, log_requests=False
         )
-    return VllmEngine(client, probe_tolerance=probe_tolerance)
+    return VllmEngine(client, probe_tolerance=engine.probe_tolerance)
 
 
 def _start_environment(engine: EngineSettings) -> dict[str, str]:

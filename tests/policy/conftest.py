@@ -134,7 +134,13 @@ def make_adapter(
 def vllm_settings() -> tuple[ModelSettings, EngineSettings]:
     return (
         ModelSettings(max_lora_rank=8),
-        EngineSettings(max_model_len=MAX_MODEL_LEN, max_num_seqs=16, max_loras=4, kv_cache_mb=64),
+        EngineSettings(
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=16,
+            max_loras=4,
+            kv_cache_mb=64,
+            probe_tolerance=0.02,
+        ),
     )
 
 

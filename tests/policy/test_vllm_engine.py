@@ -214,6 +214,23 @@ async def test_a_bad_adapter_is_refused_and_harms_nobody(
 
 
 @in_session_loop
+async def test_the_settings_say_how_far_a_probe_may_be_off(
+    vllm_engine: VllmEngine, make_adapter: Callable[..., Adapter]
+) -> None:
+    adapter = make_adapter(21)
+    probe = adapter.probe
+    assert probe is not None
+    near, far = (
+        dataclasses.replace(probe, logprobs=tuple(lp + off for lp in probe.logprobs))
+        for off in (0.01, 0.03)
+    )
+    with pytest.raises(AdapterRefused, match=r"at most 0\.02"):
+        await vllm_engine.load(dataclasses.replace(adapter, probe=far))
+    async with loaded(vllm_engine, dataclasses.replace(adapter, probe=near)) as refs:
+        assert vllm_engine.loaded == frozenset(refs)
+
+
+@in_session_loop
 async def test_ctrl_c_at_the_terminal_does_not_stop_the_engine_behind_the_servers_back(
     vllm_engine: VllmEngine,
 ) -> None:
