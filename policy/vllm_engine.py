@@ -78,6 +78,7 @@ logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, PromptTooLong
 from policy.generation import GenerationRecorder, OnGeneration
 from policy.probe import judge_probe
+from policy.process_watch import ProcessWatch
 from policy.punica_math import Group, add_lora_, expand_, group_rows, shrink_
 from policy.settings import EngineSettings, ModelSettings
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling, StopReason
@@ -263,10 +264,23 @@ def _environment(extra: dict[str, str]) -> Iterator[None]:
 
 
 class TappedClient(AsyncLLM):
-    """vLLM's client; what its OpenAI routes generate is reported to `on_generation`."""
+    """vLLM's client; what its OpenAI routes generate is reported to `on_generation`.
+
+    Every wait for the engine process ends with EngineDeadError when that process does. vLLM's own
+    monitor leaves calls that are not generations (add_lora, and one inside the first request of
+    all) waiting for ever.
+    """
 
     on_generation: OnGeneration | None = None
     base_ref: AdapterRef = AdapterRef("base", 0)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        [process] = self.engine_core.resources.engine_manager.processes
+        self._watch = ProcessWatch(process, error=EngineDeadError, on_exit=self._mark_dead)
+
+    def _mark_dead(self) -> None:
+        self.engine_core.resources.engine_dead = True
 
     def __del__(self) -> None:
         """Nothing: vLLM's would fail at exit, when its modules are gone. `shutdown` ends it."""
@@ -289,14 +303,31 @@ class TappedClient(AsyncLLM):
         pieces = self.sample(prompt, sampling_params, request_id, **kwargs)
         return _recorded(pieces, recorder, self.on_generation)
 
-    def sample(
+    async def sample(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate without a report."""
-        stream: AsyncGenerator[RequestOutput, None] = super().generate(
-            prompt, sampling_params, request_id, **kwargs
-        )
-        return stream
+        pieces = super().generate(prompt, sampling_params, request_id, **kwargs)
+        async with contextlib.aclosing(pieces):
+            while True:
+                with self._watch.guard():
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        with self._watch.guard():
+            return bool(await super().add_lora(lora_request))
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        with self._watch.guard():
+            return bool(await super().remove_lora(lora_id))
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if watch := getattr(self, "_watch", None):  # None: the start failed, and vLLM cleans up.
+            watch.close()
+        super().shutdown(timeout=timeout)
 
 
 async def _recorded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -260,10 +261,8 @@ async def test_an_engine_cannot_be_made_on_a_thread_that_may_end(
 
 
 OWNER = """
-import asyncio, os, resource, sys, time
-from policy.engine import EngineDead
+import os, sys, time
 from policy.settings import EngineSettings, ModelSettings
-from policy.types import AdapterRef
 from policy.vllm_engine import create_vllm_engine
 before = dict(os.environ)
 engine = create_vllm_engine(
@@ -272,24 +271,98 @@ engine = create_vllm_engine(
 )
 assert dict(os.environ) == before, "the engine left its variables behind"
 print(engine.process_id, flush=True)
+time.sleep(600)
+"""
+
+DEATHS = """
+import asyncio, json, os, resource, signal, sys, time
+from pathlib import Path
+import httpx
+from fastapi import FastAPI
+from policy.engine import complete
+from policy.settings import EngineSettings, ModelSettings
+from policy.types import Adapter, AdapterRef, Sampling
+from policy.vllm_engine import attach_openai_routes, create_vllm_engine
+BASE = AdapterRef("desk", 0)
+
+async def end(call):
+    try:
+        async with asyncio.timeout(5):
+            answer = await call
+    except Exception as error:
+        return type(error).__name__
+    return answer.status_code if isinstance(answer, httpx.Response) else "an answer"
+
+async def before_the_first_request(engine, kill):
+    kill(signal.SIGKILL)
+    return {"score": await end(engine.score([1, 2, 3], adapter=BASE))}
+
+async def after_the_first_was_sent(engine, kill):
+    kill(signal.SIGSTOP)  # It can answer nothing, so that the order is certain.
+    score = asyncio.create_task(end(engine.score([1, 2, 3], adapter=BASE)))
+    await asyncio.sleep(0.1)
+    kill(signal.SIGKILL)
+    return {"score": await score}
+
+async def in_mid_stream(engine, kill):
+    app = FastAPI()
+    attach_openai_routes(app, engine, base_name="tiny", on_generation=lambda _: None)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://hone")
+    long = Sampling(max_tokens=400, temperature=0.01)
+    stream = engine.stream([1, 2, 3], long, adapter=BASE)
+    await anext(stream)
+    kill(signal.SIGSTOP)
+    adapter = Adapter(AdapterRef("desk", 1), Path("/nowhere"), "sha256:0", "sha256:0", rank=8)
+    body = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 400}
+    calls = {
+        "load": engine.load(adapter),
+        "route": client.post("/v1/completions", json=body),
+        "complete": complete(engine, [4, 5, 6], long, adapter=BASE),
+    }
+    tasks = {name: asyncio.create_task(end(call)) for name, call in calls.items()}
+
+    async def drain():
+        async for _ in stream:
+            pass
+
+    tasks["stream"] = asyncio.create_task(end(drain()))
+    await asyncio.sleep(0.1)
+    kill(signal.SIGKILL)
+    ends = {name: await task for name, task in tasks.items()}
+    started = time.monotonic()
+    ends["a later score"] = await end(engine.score([1, 2, 3], adapter=BASE))
+    ends["a later load"] = await end(engine.load(adapter))
+    ends["a later route"] = await end(client.post("/v1/completions", json=body))
+    return ends | {"at once": time.monotonic() - started < 1}
 
 def cost():
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
-async def use():
-    try:
-        while True:
-            await engine.score([1, 2, 3], adapter=AdapterRef("desk", 0))
-            await asyncio.sleep(0.05)
-    except EngineDead as error:
-        print(type(error).__name__, await engine.healthy(), flush=True)
-    engine.shutdown()
-    print(cost(), flush=True)
+async def use(engine, moment):
+    ends = await moment(engine, lambda number: os.kill(engine.process_id, number))
+    return ends | {"healthy": await engine.healthy()}
 
-if sys.argv[2] == "widow":
-    asyncio.run(use())
-time.sleep(600)
+def live(moment, seconds_spent):
+    engine = create_vllm_engine(
+        sys.argv[1], ModelSettings(),
+        EngineSettings(max_model_len=512, max_num_seqs=4, max_loras=2, kv_cache_mb=16),
+    )
+    ends = asyncio.run(use(engine, moment))
+    engine.shutdown()
+    children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    ends |= {"children": "".join(children), "cheap": seconds_spent + cost() < 15}
+    print(json.dumps({moment.__name__: ends}), flush=True)
+
+imports = cost()  # Once for all: it costs more than the engines do.
+for moment in (before_the_first_request, after_the_first_was_sent, in_mid_stream):
+    if os.fork() == 0:
+        try:
+            live(moment, imports)
+        finally:
+            os._exit(0)
+for _ in range(3):
+    os.wait()
 """
 
 
@@ -315,15 +388,13 @@ def gone(pids: list[int], within: float) -> bool:
 
 @pytest.fixture(scope="module")
 def owners(tiny_model: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Processes that own a real engine each; they start at the same time."""
+    """Processes that own real engines; they start at the same time."""
+    scripts = {"kill": OWNER, "terminate": OWNER, "deaths": DEATHS}
     started = {
-        ending: subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(tiny_model), ending],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+        name: subprocess.Popen(
+            [sys.executable, "-c", script, str(tiny_model)], stdout=subprocess.PIPE, text=True
         )
-        for ending in ("kill", "terminate", "widow")
+        for name, script in scripts.items()
     }
     yield started
     for owner in started.values():
@@ -347,14 +418,33 @@ def test_no_engine_process_outlives_its_parent(
     assert gone(family, within=5)
 
 
-def test_a_killed_engine_process_is_reported_as_dead(
+def test_a_killed_engine_process_is_reported_to_whoever_waits(
     owners: dict[str, subprocess.Popen[str]],
 ) -> None:
-    """And a start costs at most 15 s of processor time, imports included."""
-    os.kill(int(said(owners["widow"])), signal.SIGKILL)
-    assert said(owners["widow"]) == "EngineDead False"
-    assert float(said(owners["widow"])) < 15
-    assert children(owners["widow"].pid) == []
+    """vLLM alone lets the first request of all, and every load, wait for ever.
+
+    And a start costs at most 15 s of processor time, imports included.
+    """
+    said_of_each, _ = owners["deaths"].communicate(timeout=90)
+    ends: dict[str, dict[str, object]] = {}
+    for line in said_of_each.splitlines():
+        ends |= json.loads(line)
+    always = {"healthy": False, "children": "", "cheap": True}
+    assert ends == {
+        "before_the_first_request": always | {"score": "EngineDead"},
+        "after_the_first_was_sent": always | {"score": "EngineDead"},
+        "in_mid_stream": always
+        | {
+            "load": "EngineDead",
+            "route": 500,
+            "complete": "EngineDead",
+            "stream": "EngineDead",
+            "a later score": "EngineDead",
+            "a later load": "EngineDead",
+            "a later route": 500,
+            "at once": True,
+        },
+    }
 
 
 def test_grouped_products_are_those_of_each_row_alone() -> None:
