@@ -26,8 +26,6 @@ class Row:
     """Index into `token_ids` of each sampled token, ascending, never 0."""
     logprobs: list[float] = field(default_factory=list)
     """The behaviour policy's log-probability of each of them."""
-    proximal: list[float] | None = None
-    """The same under the version that training starts from; None where that is the behaviour."""
 
     def extended_by(self, prompt_ids: Sequence[int]) -> bool:
         length = len(self.token_ids)
@@ -114,8 +112,6 @@ class Microbatch:
     """Int64 [N]: the sampled ids."""
     behaviour: Tensor
     """Float [N]: their log-probabilities when sampled."""
-    proximal: Tensor
-    """Float [N]: their log-probabilities when training starts."""
     temperature: Tensor
     """Float [N]."""
     advantages: Tensor
@@ -160,7 +156,6 @@ def _collate(rows: Sequence[tuple[Row, int]], samples: Sequence[Sample]) -> Micr
         context=trained - 1,
         targets=torch.tensor([row.token_ids[p] for row, _ in rows for p in row.trained]),
         behaviour=torch.tensor([value for row, _ in rows for value in row.logprobs]),
-        proximal=torch.tensor([value for row, _ in rows for value in row.proximal or row.logprobs]),
         temperature=per_token([owner.temperature for owner in owners]),
         advantages=per_token([owner.advantage for owner in owners]),
         scale=per_token([1 / owner.n_trained for owner in owners]),

@@ -3,10 +3,9 @@
 Owns minibatches, optimizer steps and the reasons to end early. Which loss, which model and which
 episodes are given; publishing and judging the result is done elsewhere.
 
-The ratio is taken against the *proximal* policy: the version that training starts from. For
-episodes that it sampled itself, its log-probabilities are the logged ones; for stale episodes they
-are computed once before the first step, and each token weighs min(2, p_proximal / p_behaviour)
-(truncated importance sampling). The same holds for any number of epochs.
+The ratio is taken against the behaviour policy, as LOOP does, whichever version that was: a token
+of a stale episode that earlier updates moved beyond the clip is not moved further. Taking it
+against the version that training starts from undid that, and diverged (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from trainer.algorithms import Algorithm, Loss, TokenBatch
 from trainer.batch import Microbatch, Sample, microbatches
 from trainer.model import LoraModel
 
-IMPORTANCE_CAP = 2.0
-
 
 class UpdateDiverged(Exception):
-    """The loss or its gradient is not finite: the update ends and must not be published."""
+    """The loss or gradient is not finite, or no step was possible: nothing may be published."""
 
 
 class OnProgress(Protocol):
@@ -54,8 +51,10 @@ class Figures:
         default_factory=lambda: dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped"), 0.0)
     )
 
-    def add(self, loss: Loss, entropy: Tensor, log_ratio: Tensor, divergence: Tensor) -> None:
-        """Take in a microbatch; all but the loss are [N]."""
+    def add(
+        self, loss: Loss, entropy: Tensor, log_ratio: Tensor, divergence: Tensor, fresh: Tensor
+    ) -> None:
+        """Take in a microbatch; all but the loss are [N]. `fresh`: not of a stale episode."""
         ratio = log_ratio.exp()
         self.tokens += len(ratio)
         self.sums["loss"] += float(loss.value.detach())
@@ -64,9 +63,9 @@ class Figures:
         self.sums["ratio"] += float(ratio.sum())
         self.sums["clipped"] += float(loss.clipped.sum())
         self.ratio_max = max(self.ratio_max, float(ratio.max()))
-        if self.steps == 0:
+        if self.steps == 0 and fresh.any():
             # Nothing has moved yet: what differs is the engine from this model.
-            self.engine_gap = max(self.engine_gap, float(log_ratio.abs().max()))
+            self.engine_gap = max(self.engine_gap, float(log_ratio[fresh].abs().max()))
 
     def summary(self) -> dict[str, float]:
         tokens = max(1, self.tokens)
@@ -118,15 +117,18 @@ def update(
     began = time.perf_counter()
     work = _Work(model, algorithm, token_budget, on_progress)
     fed = sum(len(row.token_ids) for sample in samples for row in sample.rows)
-    stale = [sample for sample in samples if sample.stale]
-    stale_tokens = sum(len(row.token_ids) for sample in stale for row in sample.rows)
-    work.total = fed * spec.epochs + stale_tokens
-    work.set_proximal(stale)
+    work.total = fed * spec.epochs
     for minibatch in _minibatches(samples, spec, random.Random(seed)):  # noqa: S311 - not a secret
         optimizer.zero_grad(set_to_none=True)
         divergence = work.accumulate(minibatch, spec.minibatch_episodes)
         if divergence > spec.kl_stop:
             work.figures.stopped_by_kl = True
+            if not work.figures.steps:
+                raise UpdateDiverged(
+                    f"an episode is {divergence:.0f} nats from the version that sampled it before "
+                    f"any step, expected at most kl_stop = {spec.kl_stop:g}; nothing was changed; "
+                    "raise kl_stop, or lower max_staleness"
+                )
             break
         _step(optimizer, spec.max_grad_norm, work.figures)
     optimizer.zero_grad(set_to_none=True)
@@ -147,16 +149,6 @@ class _Work:
     done: int = 0
     total: int = 0
 
-    @torch.no_grad()
-    def set_proximal(self, stale: Sequence[Sample]) -> None:
-        """Log-probabilities under the policy as it is now, before any step."""
-        for batch in microbatches(stale, token_budget=self.token_budget):
-            logprobs = self.model.logprobs(batch).logprobs.cpu()
-            counts = [len(row.trained) for row in batch.rows]
-            for row, values in zip(batch.rows, torch.split(logprobs, counts), strict=True):
-                row.proximal = values.tolist()
-            self._progress(batch)
-
     def accumulate(self, minibatch: Sequence[Sample], size: int) -> float:
         """Add the minibatch's gradient; returns the largest KL of an episode, nats."""
         kl = torch.zeros(len(minibatch))
@@ -171,11 +163,13 @@ class _Work:
                     "or lower learning_rate"
                 )
             torch.autograd.backward(loss.value)
-            log_ratio = scored.logprobs.detach() - tokens.proximal
-            # Schulman's k3: unbiased under the proximal policy, and never negative.
+            log_ratio = scored.logprobs.detach() - tokens.behaviour
+            # Schulman's k3: unbiased under the behaviour policy, and never negative.
             divergence = log_ratio.exp() - 1 - log_ratio
             kl.index_add_(0, batch.episode, divergence.cpu())
-            self.figures.add(loss, scored.entropy, log_ratio, divergence)
+            fresh = ~torch.tensor([sample.stale for sample in minibatch])[batch.episode]
+            fresh = fresh.to(log_ratio.device)
+            self.figures.add(loss, scored.entropy, log_ratio, divergence, fresh)
             self._progress(batch)
         largest = float(kl.max())
         self.figures.kl_max = max(self.figures.kl_max, largest)
@@ -187,10 +181,8 @@ class _Work:
 
 
 def _token_batch(batch: Microbatch, minibatch_size: int, device: torch.device) -> TokenBatch:
-    importance = torch.exp(batch.proximal - batch.behaviour).clamp(max=IMPORTANCE_CAP)
     return TokenBatch(
-        proximal=batch.proximal.to(device),
-        importance=importance.to(device),
+        behaviour=batch.behaviour.to(device),
         advantages=batch.advantages.to(device),
         scale=(batch.scale / minibatch_size).to(device),
     )

@@ -52,6 +52,8 @@ class Stack:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A TERM must not leave the children behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         # The traffic of this process needs them as well as the children do.
         os.environ.setdefault(OWNER_KEY_VARIABLE, secrets.token_urlsafe(24))
         os.environ[DESK_URL_VARIABLE] = self.desk_url

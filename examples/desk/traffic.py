@@ -77,7 +77,7 @@ class Traffic:
     def __init__(self, hone_url: str, owner: Owner, *, agent: str = "desk") -> None:
         self.agent = agent
         self.owner = owner
-        key = os.environ.get("HONE_API_KEY", "unused-on-loopback")
+        key = os.environ.get("HONE_HTTP__API_KEY", "unused-on-loopback")
         self._client = AsyncOpenAI(base_url=f"{hone_url}/v1", api_key=key, max_retries=0)
         self._http = httpx.AsyncClient(
             base_url=hone_url, headers={"authorization": f"Bearer {key}"}, timeout=120

@@ -53,16 +53,13 @@ def test_turns_without_context_or_with_ragged_logprobs_are_refused(turn: MakeTur
 
 def test_tensors_of_two_episodes() -> None:
     long = Sample((Row([5, 6, 7, 8], [2, 3], [-0.1, -0.2]),), 0.5, 0.7, stale=False)
-    short = Sample(
-        (Row([9, 4], [1], [-0.3], proximal=[-0.6]), Row([9, 3], [1], [-0.4])), -1.0, 1.0, stale=True
-    )
+    short = Sample((Row([9, 4], [1], [-0.3]), Row([9, 3], [1], [-0.4])), -1.0, 1.0, stale=True)
     (batch,) = microbatches([short, long], token_budget=100)
     assert batch.input_ids.tolist() == [[5, 6, 7], [9, 0, 0], [9, 0, 0]]
     assert batch.row.tolist() == [0, 0, 1, 2]
     assert batch.context.tolist() == [1, 2, 0, 0]  # what predicts position p is p - 1
     assert batch.targets.tolist() == [7, 8, 4, 3]
     torch.testing.assert_close(batch.behaviour, torch.tensor([-0.1, -0.2, -0.3, -0.4]))
-    torch.testing.assert_close(batch.proximal, torch.tensor([-0.1, -0.2, -0.6, -0.4]))
     torch.testing.assert_close(batch.temperature, torch.tensor([0.7, 0.7, 1.0, 1.0]))
     assert batch.advantages.tolist() == [0.5, 0.5, -1.0, -1.0]
     assert batch.scale.tolist() == [0.5, 0.5, 0.5, 0.5]  # 1 / |a|, over all rows of an episode

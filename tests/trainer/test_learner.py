@@ -78,17 +78,18 @@ def test_an_update_ends_when_an_episode_strays(model: LoraModel) -> None:
     assert figures["kl_max"] > 0.01
 
 
-def test_stale_tokens_are_compared_with_the_start_and_weighed_by_truncated_importance(
-    model: LoraModel,
-) -> None:
-    # The version that sampled gave each token 3 times less: importance 3, cut to 2; ratio still 1.
+def test_stale_tokens_are_compared_with_who_sampled_them(model: LoraModel) -> None:
+    # Meanwhile three times likelier: beyond the clip, an advantage moves it no further.
+    before = [weight.detach().clone() for _, weight in model.parameters]
     figures = run(model, [sample(model, GOOD, 1.0, stale=True, shift=-math.log(3))])
-    assert figures["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    assert figures["loss"] == pytest.approx(-2.0 / SPEC.minibatch_episodes, abs=1e-4)
-    # And 4 times more: importance 1/4.
-    model.attach(rank=4, alpha=8, seed=0, start=None)
-    figures = run(model, [sample(model, GOOD, 1.0, stale=True, shift=math.log(4))])
-    assert figures["loss"] == pytest.approx(-0.25 / SPEC.minibatch_episodes, abs=1e-4)
+    assert figures["ratio_mean"] == pytest.approx(3.0, abs=1e-4)
+    assert (figures["clip_fraction"], figures["grad_norm"]) == (1.0, 0.0)
+    for old, (_, weight) in zip(before, model.parameters, strict=True):
+        assert torch.equal(old, weight)
+    # It says nothing of the engine: another version sampled it.
+    assert figures["engine_gap"] == 0.0
+    fresh = run(model, [sample(model, GOOD, 1.0, shift=-math.log(3))])
+    assert fresh["engine_gap"] == pytest.approx(math.log(3), abs=1e-4)
 
 
 def test_not_a_number_ends_the_update_before_the_step(model: LoraModel) -> None:
@@ -141,3 +142,9 @@ def test_optimizer_goes_on_where_it_was(base_folder: Path) -> None:
         )  # fmt: skip
     assert results[0] == results[1]
     assert answer_logprob(model, GOOD) != results[0]
+
+
+def test_an_update_without_a_possible_step_is_no_version(model: LoraModel) -> None:
+    spec = SPEC.model_copy(update={"kl_stop": 1.0})
+    with pytest.raises(UpdateDiverged, match="before any step, expected at most kl_stop = 1"):
+        run(model, [sample(model, GOOD, 1.0, stale=True, shift=-3.0)], spec)

@@ -12,11 +12,10 @@ from trainer.algorithms import TokenBatch
 from trainer.algorithms.loop import Loop, leave_one_out
 
 
-def tokens(advantages: list[float], *, scale: float = 1.0, importance: float = 1.0) -> TokenBatch:
+def tokens(advantages: list[float], *, scale: float = 1.0) -> TokenBatch:
     n = len(advantages)
     return TokenBatch(
-        proximal=torch.zeros(n),
-        importance=torch.full((n,), importance),
+        behaviour=torch.zeros(n),
         advantages=torch.tensor(advantages),
         scale=torch.full((n,), scale),
     )
@@ -76,9 +75,3 @@ def test_clip_edges(ratio: float, advantage: float, objective: float, slope: flo
     assert value == pytest.approx(-objective, rel=1e-5)
     assert gradient == pytest.approx([-slope], rel=1e-5)
     assert clipped == [slope == 0.0]
-
-
-def test_importance_weighs_the_token() -> None:
-    _, plain, _ = loss_and_gradient([1.0], tokens([1.0]), low=0.1, high=0.1)
-    _, weighed, _ = loss_and_gradient([1.0], tokens([1.0], importance=0.25), low=0.1, high=0.1)
-    assert weighed[0] == pytest.approx(plain[0] / 4)

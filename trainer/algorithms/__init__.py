@@ -16,10 +16,8 @@ from torch import Tensor
 class TokenBatch:
     """The sampled tokens of some episodes, flat. All float [N], none needs a gradient."""
 
-    proximal: Tensor
-    """log p of each token under the policy that the ratio is taken against, nats."""
-    importance: Tensor
-    """Truncated p_proximal / p_behaviour: 1 for tokens that the live version sampled."""
+    behaviour: Tensor
+    """log p of each token under the version that sampled it, as the engine logged it, nats."""
     advantages: Tensor
     """Credit of each token."""
     scale: Tensor

@@ -28,16 +28,16 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 def clipped_objective(
     logprobs: Tensor, tokens: TokenBatch, *, clip_low: float, clip_high: float
 ) -> Loss:
-    """-sum_t scale_t w_t min(r_t A_t, clip(r_t) A_t), r_t = exp(logprobs_t - proximal_t).
+    """-sum_t scale_t min(r_t A_t, clip(r_t) A_t), r_t = exp(logprobs_t - behaviour_t).
 
     clip(r) is to [1 / (1 + clip_low), 1 + clip_high], as in the reference code. For A > 0 the
     gradient ends above the upper edge, for A < 0 below the lower one; nothing else is clipped.
     """
-    ratio = torch.exp(logprobs - tokens.proximal)
+    ratio = torch.exp(logprobs - tokens.behaviour)
     bounded = ratio.clamp(1 / (1 + clip_low), 1 + clip_high)
     plain, clipped = ratio * tokens.advantages, bounded * tokens.advantages
     objective = torch.minimum(plain, clipped)
-    value = -(tokens.scale * tokens.importance * objective).sum()
+    value = -(tokens.scale * objective).sum()
     return Loss(value, (clipped < plain).detach())
 
 

@@ -31,13 +31,14 @@ class Rulebook:
     numbered: str = "look"
 
 
-# Each question's answers and how often a drawn rulebook gives them, per cent. The house's answer is
-# nowhere the commonest, so that sharpening alone (a lower temperature, say) does not find it.
+# Each question's answers and how often a drawn rulebook gives them, per cent. Only which order is
+# meant has the house's answer as its commonest: an even mixture of newest and oldest would say
+# nothing of days at all. Sharpening alone (a lower temperature, say) does not find the rest.
 ANSWERS: Mapping[str, Mapping[str, int]] = {
-    "several": {"newest": 30, "oldest": 10, "first": 35, "last": 25},
-    "sent": {"status": 30, "cancel": 35, "return": 20, "reverse": 15},
-    "approval": {"over": 30, "always": 15, "never": 40, "under": 15},
-    "refused": {"ticket": 30, "give_up": 40, "retry": 30},
+    "several": {"newest": 45, "oldest": 10, "first": 30, "last": 15},
+    "sent": {"status": 35, "cancel": 35, "return": 15, "reverse": 15},
+    "approval": {"over": 35, "always": 20, "never": 35, "under": 10},
+    "refused": {"ticket": 35, "give_up": 40, "retry": 25},
     "numbered": {"look": 45, "blind": 55},
 }
 
