@@ -83,7 +83,7 @@ def run(folder: Path, way: str, count: int) -> tuple[float, float]:
     began = time.process_time()
     figures = update(
         model, new_optimizer(model, SPEC.learning_rate, None), episodes(count, random.Random(1)),
-        SPEC, Loop(0.1, 0.1), seed=0, token_budget=budget, on_progress=ignore,
+        SPEC, Loop(0.1, 0.1, 2.0), seed=0, token_budget=budget, on_progress=ignore,
     )  # fmt: skip
     tokens = figures["tokens_per_second"] * figures["seconds"]
     return figures["tokens_per_second"], tokens / (time.process_time() - began)

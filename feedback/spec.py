@@ -73,6 +73,9 @@ class TrainingSpec(Strict):
     learning_rate: float = Field(5e-5, gt=0)
     clip_low: float = Field(0.1, gt=0, description="LOOP's epsilon below 1.")
     clip_high: float = Field(0.1, gt=0, description="LOOP's epsilon above 1.")
+    ratio_cap: float = Field(
+        2.0, description="Largest weight of a token's gradient, whatever its ratio."
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     kl_stop: float = Field(
         20.0, gt=0, description="Stop an update when a trajectory's KL passes it."
@@ -80,6 +83,15 @@ class TrainingSpec(Strict):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     gate: GateSpec = GateSpec()
+
+    @model_validator(mode="after")
+    def _caps_above_the_clip(self) -> Self:
+        if self.ratio_cap <= 1 + self.clip_high:
+            raise ValueError(
+                f"ratio_cap is {self.ratio_cap:g}; expected more than 1 + clip_high, which is "
+                f"{1 + self.clip_high:g}"
+            )
+        return self
 
 
 class LearningSpec(Strict):

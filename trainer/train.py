@@ -259,7 +259,7 @@ class Trainer:
 
 
 def _algorithm(training: TrainingSpec) -> Algorithm:
-    return Loop(training.clip_low, training.clip_high)
+    return Loop(training.clip_low, training.clip_high, training.ratio_cap)
 
 
 def _seed(seed: int, live: AdapterRef, claim: Claim) -> int:

@@ -15,7 +15,7 @@ from trainer.grouping import credit
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Episode]
 
-LOOP = Loop(0.1, 0.1)
+LOOP = Loop(0.1, 0.1, 2.0)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_success_rises(actor_folder: Path, group_size: int) -> None:
     model = LoraModel(actor_folder)
     model.attach(rank=SPEC.rank, alpha=SPEC.alpha, seed=0, start=None)
     optimizer = new_optimizer(model, SPEC.learning_rate, None)
-    algorithm, baseline = Loop(SPEC.clip_low, SPEC.clip_high), Baseline()
+    algorithm, baseline = Loop(SPEC.clip_low, SPEC.clip_high, SPEC.ratio_cap), Baseline()
     generator, rng = torch.Generator().manual_seed(group_size), random.Random(group_size)
     exam = [f"{context}/exam" for context in CONTEXTS] * 50
     before = success(rollout(model, exam, 0, generator))

@@ -26,7 +26,7 @@ def loss_and_gradient(
 ) -> tuple[float, list[float], list[bool]]:
     """The gradient is with respect to the log-probabilities: d r / d logp = r."""
     logprobs: Tensor = torch.tensor([math.log(r) for r in ratios], requires_grad=True)
-    loss = Loop(low, high).loss(logprobs, batch)
+    loss = Loop(low, high, 2.0).loss(logprobs, batch)
     (gradient,) = torch.autograd.grad(loss.value, logprobs)
     return float(loss.value.detach()), gradient.tolist(), loss.clipped.tolist()
 
@@ -67,7 +67,9 @@ def test_on_policy_gradient_is_minus_advantage_times_scale() -> None:
         (0.5, 2.0, 1.0, 1.0),  # A > 0 below: never clipped
         (0.7, -2.0, -1.6, 0.0),  # A < 0 below the lower edge: 0.8 A, no gradient
         (0.9, -2.0, -1.8, -1.8),  # inside
-        (3.0, -2.0, -6.0, -6.0),  # A < 0 above: never clipped
+        (1.9, -2.0, -3.8, -3.8),  # A < 0 above: never clipped
+        (2 * math.e, -2.0, -8.0, -4.0),  # above the cap of 2: 2 (1 + log e) A, slope 2 A
+        (2 * math.e, 2.0, 3.0, 0.0),  # A > 0: the clip ends it first
     ],
 )
 def test_clip_edges(ratio: float, advantage: float, objective: float, slope: float) -> None:

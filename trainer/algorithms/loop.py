@@ -6,6 +6,7 @@ episodes form a group, and what a group of one is compared with, is decided else
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +26,29 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * (k / (k - 1))
 
 
+def truncated(log_ratio: Tensor, cap: float) -> Tensor:
+    """r up to `cap`, then cap (1 + log(r / cap)): its slope over log r is min(r, cap), [N] -> [N].
+
+    Truncated importance weights. A token that the behaviour policy hardly ever samples and that
+    did badly would otherwise outweigh its whole minibatch.
+    """
+    edge = math.log(cap)
+    return torch.exp(log_ratio.clamp(max=edge)) + cap * (log_ratio - edge).clamp(min=0)
+
+
 def clipped_objective(
-    logprobs: Tensor, tokens: TokenBatch, *, clip_low: float, clip_high: float
+    logprobs: Tensor, tokens: TokenBatch, *, clip_low: float, clip_high: float, ratio_cap: float
 ) -> Loss:
-    """-sum_t scale_t min(r_t A_t, clip(r_t) A_t), r_t = exp(logprobs_t - behaviour_t).
+    """-sum_t scale_t min(w(r_t) A_t, clip(r_t) A_t), r_t = exp(logprobs_t - behaviour_t).
 
     clip(r) is to [1 / (1 + clip_low), 1 + clip_high], as in the reference code. For A > 0 the
-    gradient ends above the upper edge, for A < 0 below the lower one; nothing else is clipped.
+    gradient ends above the upper edge, for A < 0 below the lower one. w is `truncated`, which
+    matters for A < 0 and large r only.
     """
-    ratio = torch.exp(logprobs - tokens.behaviour)
-    bounded = ratio.clamp(1 / (1 + clip_low), 1 + clip_high)
-    plain, clipped = ratio * tokens.advantages, bounded * tokens.advantages
+    log_ratio = logprobs - tokens.behaviour
+    bounded = log_ratio.exp().clamp(1 / (1 + clip_low), 1 + clip_high)
+    plain = truncated(log_ratio, ratio_cap) * tokens.advantages
+    clipped = bounded * tokens.advantages
     objective = torch.minimum(plain, clipped)
     value = -(tokens.scale * objective).sum()
     return Loss(value, (clipped < plain).detach())
@@ -43,13 +56,20 @@ def clipped_objective(
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """LOOP behind the `Algorithm` protocol."""
+    """LOOP behind the `Algorithm` protocol. `ratio_cap` is above `1 + clip_high`."""
 
     clip_low: float
     clip_high: float
+    ratio_cap: float
 
     def advantages(self, rewards: Tensor) -> Tensor:
         return leave_one_out(rewards)
 
     def loss(self, logprobs: Tensor, tokens: TokenBatch) -> Loss:
-        return clipped_objective(logprobs, tokens, clip_low=self.clip_low, clip_high=self.clip_high)
+        return clipped_objective(
+            logprobs,
+            tokens,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            ratio_cap=self.ratio_cap,
+        )
