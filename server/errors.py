@@ -144,10 +144,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    # Never echo the input: it may be NaN, which JSON cannot carry, or a megabyte.
+    # Never echo the input: it may be NaN, which JSON cannot carry, or a megabyte. Names are the
+    # client's own too.
     assert isinstance(error, RequestValidationError)  # noqa: S101 - narrows for the type checker
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    place = ".".join(str(part)[:80] for part in first["loc"] if part != "body")
     if first["type"] == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return error_response(
