@@ -17,6 +17,7 @@ from server.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized, erro
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Answered without a key: probes carry none, and the answers tell nothing."""
 REQUEST_ID = "x-request-id"
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -88,7 +89,7 @@ class BoundedBody:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body, or None if the client went away while sending it."""
         announced = Headers(scope=scope).get("content-length", "0")
-        if not announced.isdigit():
+        if not _LENGTH.fullmatch(announced):
             raise BadRequest(f"content-length is {announced[:32]!r}; expected a number")
         chunks: list[bytes] = []
         size = 0
