@@ -15,6 +15,11 @@ Purpose = Literal["live", "practice", "evaluation"]
 
 ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid"]
 
+METRIC_PATTERN = r"^[a-z][a-z0-9_.-]{0,63}$"
+LARGEST_VALUE = 1e15
+LATEST_TIME = 32_503_680_000
+"""The year 3000, Unix seconds: past it a time is surely in another unit."""
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
