@@ -19,6 +19,7 @@ from fastapi.responses import Response
 
 from feedback.log import Log
 from feedback.store import Store
+from feedback.webhooks.source import open_webhooks
 from policy.base_model import BaseModel, resolve_base_model
 from policy.chat import ChatFormat, load_chat_format
 from policy.engine import Engine
@@ -34,7 +35,7 @@ from server.middleware import BearerKey, BoundedBody, RequestIds
 from server.plain_http import PlainEpisodes, PlainServices, SampledReply, collect
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
-from server.routes import agents, episodes, feedback, health, models, policies, training
+from server.routes import agents, episodes, feedback, health, models, policies, training, webhooks
 from server.routing import Routing
 from server.services import Services
 from server.settings import Settings
@@ -93,7 +94,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
 
     app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
-    for module in (health, models, agents, feedback, episodes, policies, training):
+    for module in (health, models, agents, feedback, webhooks, episodes, policies, training):
         app.include_router(module.router)
 
     key = settings.http.api_key
@@ -108,6 +109,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
 async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExitStack) -> Services:
     base = parts.base_model(settings.model.path)
     specs = load_agents(settings.agents) if settings.agents.is_dir() else {}
+    webhooks = open_webhooks(settings.webhooks) if settings.webhooks.is_dir() else {}
 
     # The engine first: it forks, which is only safe before any thread exists.
     engine = parts.engine(base, settings)
@@ -164,6 +166,7 @@ async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExi
         routing=routing,
         plain=plain,
         agents=served,
+        webhooks=webhooks,
         trainer=trainer,
     )
 

@@ -49,6 +49,7 @@ def serve(
     config: ConfigFlag = None,
     model: Annotated[str | None, typer.Option(help=described("model.path"))] = None,
     agents: Annotated[Path | None, typer.Option(help=described("agents"))] = None,
+    webhooks: Annotated[Path | None, typer.Option(help=described("webhooks"))] = None,
     host: Annotated[str | None, typer.Option(help=described("http.host"))] = None,
     port: Annotated[int | None, typer.Option(help=described("http.port"))] = None,
     trainer: Annotated[
@@ -63,6 +64,7 @@ def serve(
         "config": config,
         "model.path": model,
         "agents": agents,
+        "webhooks": webhooks,
         "http.host": host,
         "http.port": port,
         "trainer.enabled": trainer,

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from feedback.log import Log
 from feedback.spec import LearningSpec
 from feedback.store import Store
+from feedback.webhooks.source import WebhookSource
 from policy.chat import ChatFormat
 from policy.engine import Engine
 from policy.leases import Leases
@@ -46,6 +47,7 @@ class Services:
     routing: Routing
     plain: PlainTraffic
     agents: Mapping[str, Agent]
+    webhooks: Mapping[str, WebhookSource]
     trainer: Supervisor | None
     """None when the server runs no trainer."""
     started_at: float = field(default_factory=time.time)

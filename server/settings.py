@@ -81,6 +81,9 @@ class Settings(BaseSettings):
 
     config: Path = Field(DEFAULT_CONFIG, description="TOML file of settings (or HONE_CONFIG).")
     agents: Path = Field(Path("agents"), description="Folder of agents, one YAML file each.")
+    webhooks: Path = Field(
+        Path("webhooks"), description="Folder of webhook sources, one YAML file each."
+    )
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     storage: StorageSettings = StorageSettings()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from feedback.episodes import EpisodeSummary
+from feedback.events import Receipt
 from feedback.types import Episode, Turn
 from server.agents.events import Usage
 
@@ -78,4 +79,14 @@ def episode_json(episode: Episode | EpisodeSummary) -> dict[str, Any]:
         "stop_reason": episode.stop_reason,
         "started_at": episode.started_at,
         "ended_at": episode.ended_at,
+    }
+
+
+def receipt_json(receipt: Receipt) -> dict[str, Any]:
+    """What became of one feedback event."""
+    return {
+        "object": "feedback.receipt",
+        "event_id": receipt.event_id,
+        "status": receipt.status,
+        "parked": receipt.parked,
     }

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from feedback.webhooks.spec import WebhookFileError
 from policy.base_model import BaseModelError
 from policy.chat import ChatFormatError
 from policy.engine import EngineError
@@ -47,6 +48,7 @@ START_ERRORS = (
     RegistryError,
     ReservedName,
     ToolUnavailable,
+    WebhookFileError,
 )
 """What the operator can mend: told in a line, without a traceback."""
 
@@ -134,6 +136,10 @@ def _banner(services: Services, seconds: float) -> str:
     for name, agent in services.agents.items():
         live = services.controller.live(agent.spec.policy)
         lines.append(f"  agent       [bold]{name}[/]: acts by {live}, {_tools(agent)}")
+    for name, webhook in services.webhooks.items():
+        lines.append(
+            f"  webhook     [bold]{name}[/]: {webhook.spec.scheme}, POST /v1/webhooks/{name}"
+        )
     lines.append(f"  trainer     {'in the background' if services.trainer else 'off'}")
     lines.append("try")
     for name in list(services.agents)[:1]:

@@ -8,33 +8,37 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from feedback.events import Receipt
-from feedback.types import FeedbackEvent
+from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN, FeedbackEvent
+from feedback.webhooks.source import SOURCE_PREFIX
 from server.errors import Conflict
 from server.services import TENANT, ServicesOf
+from server.wire import receipt_json
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
-
-LATEST = 32_503_680_000
-"""The year 3000, Unix seconds: past it a time is surely in another unit."""
 
 
 def _number(value: object) -> object:
     if isinstance(value, bool):
         return float(value)
     # pydantic turns integers of any size into floats, and fails on those that do not fit.
-    if isinstance(value, int) and abs(value) > 10**15:
+    if isinstance(value, int) and abs(value) > LARGEST_VALUE:
         raise ValueError("the number is too large; expected one between -1e15 and 1e15")
     return value
+
+
+def _not_a_webhooks(source: str) -> str:
+    if source.strip().casefold().startswith(SOURCE_PREFIX):
+        raise ValueError(f"{SOURCE_PREFIX!r} begins the names of verified webhooks; choose another")
+    return source
 
 
 Id = Annotated[str, Field(min_length=1, max_length=128, strict=True)]
 Number = Annotated[
     float,
     BeforeValidator(_number),
-    Field(strict=True, allow_inf_nan=False, ge=-1e15, le=1e15),
+    Field(strict=True, allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE),
 ]
 
 
@@ -44,12 +48,12 @@ class FeedbackIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     episode_id: Id
-    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]{0,63}$")] = "success"
+    metric: Annotated[str, Field(pattern=METRIC_PATTERN)] = "success"
     value: Number | None = Field(description="A number or a boolean; null retracts.")
     event_id: Id | None = Field(None, description="Unique within the source, for ever.")
-    source: Id = "api"
-    event_time: Annotated[float, BeforeValidator(_number), Field(ge=0, le=LATEST)] | None = Field(
-        None, description="When it became true, Unix seconds; the latest wins. Default: now."
+    source: Annotated[Id, AfterValidator(_not_a_webhooks)] = "api"
+    event_time: Annotated[float, BeforeValidator(_number), Field(ge=0, le=LATEST_TIME)] | None = (
+        Field(None, description="When it became true, Unix seconds; the latest wins. Default: now.")
     )
     turn: int | None = Field(None, ge=0, le=100_000, strict=True)
     comment: str | None = Field(None, max_length=4000)
@@ -97,7 +101,7 @@ async def post_feedback(
         ) from error
     receipts = await services.log.add_feedback([item.event(now) for item in items])
     if is_batch:
-        return {"object": "list", "data": [_receipt(receipt) for receipt in receipts]}
+        return {"object": "list", "data": [receipt_json(receipt) for receipt in receipts]}
     if receipts[0].status == "conflict":
         raise Conflict(
             f"event {receipts[0].event_id!r} of source {items[0].source!r} said something else "
@@ -105,13 +109,4 @@ async def post_feedback(
             code="event_conflict",
             param="event_id",
         )
-    return _receipt(receipts[0])
-
-
-def _receipt(receipt: Receipt) -> dict[str, Any]:
-    return {
-        "object": "feedback.receipt",
-        "event_id": receipt.event_id,
-        "status": receipt.status,
-        "parked": receipt.parked,
-    }
+    return receipt_json(receipts[0])

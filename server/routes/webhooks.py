@@ -1,0 +1,62 @@
+"""`/v1/webhooks/{source}`: outcomes that other services post, signed by them; no key is asked for.
+
+Who may send and what a payload means is `feedback.webhooks`'; this says it in HTTP. A sender takes
+2xx for done and anything else for "send it again": so what can never change is 200, with a status
+that tells, and what an owner can mend is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from feedback.events import Receipt
+from feedback.webhooks.mapping import Unmappable
+from feedback.webhooks.signatures import Refused
+from server.errors import BadRequest, BodyTooLarge, NotFound, Unauthorized
+from server.services import TENANT, ServicesOf
+from server.wire import receipt_json
+
+router = APIRouter(prefix="/v1/webhooks", tags=["feedback"])
+
+logger = logging.getLogger("hone.webhooks")
+
+
+@router.post("/{source}")
+async def receive_webhook(source: str, request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Record what a declared source sends. Acknowledged means on disk, twice is once."""
+    webhook = services.webhooks.get(source)
+    if webhook is None:
+        raise NotFound(f"webhook source {source[:80]!r} does not exist", code="webhook_not_found")
+    body = await request.body()
+    if len(body) > webhook.spec.max_body_bytes:
+        raise BodyTooLarge(
+            f"the body is larger than {webhook.spec.max_body_bytes} bytes; send less"
+        )
+    try:
+        said = webhook.receive(request.headers.raw, body, now=time.time(), tenant=TENANT)
+    except Unmappable as error:
+        logger.warning("%s: a signed message gives no event: %s", source, error)
+        raise BadRequest(str(error), code="invalid_payload", param=error.param) from error
+    if isinstance(said, Refused):
+        logger.warning("%s: refused, %s: %s", source, said.reason, said.detail)
+        raise Unauthorized(said.detail, code="invalid_signature")
+    receipts = await services.log.add_feedback(said) if said else []
+    return {
+        "object": "webhook.receipt",
+        "status": _status(receipts),
+        "data": [receipt_json(receipt) for receipt in receipts],
+    }
+
+
+def _status(receipts: Sequence[Receipt]) -> str:
+    """The most telling of the events' statuses."""
+    statuses = {receipt.status for receipt in receipts}
+    for status in ("conflict", "recorded", "duplicate"):
+        if status in statuses:
+            return status
+    return "ignored"
