@@ -108,6 +108,7 @@ def test_one_payload_may_say_many_things() -> None:
 def test_what_is_not_true_is_ignored_whatever_else_it_lacks(found: Any) -> None:
     assert statements(PLAIN | {"when": "go"}, {"go": found}) == []
     assert statements(PLAIN | {"when": "go"}, "no object") == []
+    assert one({"when": "go"}, go=0, solved=1).value == 1.0, "JMESPath holds 0 for true"
 
 
 @pytest.mark.parametrize(

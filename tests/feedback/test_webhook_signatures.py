@@ -121,6 +121,15 @@ def test_keys_rotate_on_either_side(signers: Sequence[str]) -> None:
         assert reason(check("standard", standard(signature), secrets=[OLD])) == "wrong_signature"
 
 
+def test_public_keys_rotate_too() -> None:
+    other = Ed25519PrivateKey.from_private_bytes(b"o" * 32)
+    public = "whpk_" + base64.b64encode(other.public_key().public_bytes_raw()).decode()
+    strange = f"v1a,{base64.b64encode(b'x' * 64).decode()}"
+    for signature in (asymmetric(), f"{strange} {asymmetric()}"):
+        verified = check("standard", standard(signature), secrets=[public, PUBLIC])
+        assert verified == Verified("msg_1")
+
+
 def test_stripe_takes_any_v1_of_any_secret() -> None:
     assert check("stripe", stripe(), secrets=[STRIPE]) == Verified(None)
     other = "f" * 64
@@ -214,15 +223,12 @@ def test_malformed_github_signatures_are_refused(value: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "t=1", "v1=" + "a" * 64, "t=1,t=1,v1=" + "a" * 64, f"t={NOW},v1=zz", f"t={NOW},v1",
+    ["", "t", "v1=" + "a" * 64, f"t={NOW},t={NOW},v1=" + "a" * 64, f"t={NOW},v1=zz", f"t={NOW},v1",
      "t=x,v1=" + "a" * 64, f"t={NOW}" + ",v1=" + ",v1=".join(["a" * 64] * 9)],
 )  # fmt: skip
 def test_malformed_stripe_signatures_are_refused(value: str) -> None:
     headers = [(b"stripe-signature", value.encode())]
-    assert reason(check("stripe", headers, secrets=[STRIPE])) in (
-        "malformed_header",
-        "outside_tolerance",
-    )
+    assert reason(check("stripe", headers, secrets=[STRIPE])) == "malformed_header"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,9 @@ def test_an_outcome_becomes_a_reward_without_a_bearer_key(hooks: House) -> None:
 def test_retries_are_recorded_once_and_a_changed_one_is_a_conflict(hooks: House) -> None:
     body = ticket("ep_retry")
     first = post(hooks, "tickets", body, **official(body, "msg_retry", off=-200))
-    retry = post(hooks, "tickets", body, **official(body, "msg_retry", OLD))
+    signed = official(body, "msg_retry", OLD)
+    pieces = (body[i : i + 7] for i in range(0, len(body), 7))  # without a content-length
+    retry = hooks.http.post("/v1/webhooks/tickets", content=pieces, headers=signed)
     changed = ticket("ep_retry", "reopened")
     other = post(hooks, "tickets", changed, **official(changed, "msg_retry"))
     answers = [(a.status_code, a.json()["status"]) for a in (first, retry, other)]
