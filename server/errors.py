@@ -8,7 +8,8 @@
     ├── BodyTooLarge          413     invalid_request_error  request_too_large
     └── Unavailable           503     server_error           engine_unavailable, starting, ...
 
-Routes raise these; nothing else in the server builds an error body.
+Routes raise these; nothing else in the server builds an error body, but for `engine_errors`, which
+says the engine's own in the same words.
 """
 
 from __future__ import annotations

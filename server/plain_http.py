@@ -21,6 +21,7 @@ from feedback.types import Purpose
 from policy.chat import ParsedTurn
 from policy.engine import EngineError
 from policy.generation import Generation, generation_owner
+from server.engine_errors import in_our_shape
 from server.errors import ApiError, BadRequest, Conflict, as_api_error, error_response
 from server.middleware import replayed
 from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic
@@ -105,7 +106,7 @@ class PlainEpisodes:
                     await self._app(
                         _with_length(scope, len(rewritten)),
                         replayed(rewritten, receive),
-                        _recorded(send, running, services.traffic),
+                        _recorded(in_our_shape(send), running, services.traffic),
                     )
                 finally:
                     generation_owner.reset(token)

@@ -213,13 +213,22 @@ def test_errors_of_ours_and_of_vllms_have_one_shape(live: Live) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         live.client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert missing.value.code == "model_not_found"
-    for body in ({"max_tokens": -1}, {"messages": 3}, {"temperature": "hot"}):
+    long: Any = [{"role": "user", "content": "hello " * 600}]
+    for body, code in (
+        ({"max_tokens": -1}, "invalid_value"),
+        ({"messages": 3}, "invalid_value"),
+        ({"temperature": "hot"}, "invalid_value"),
+        ({"temperature": 9}, "invalid_value"),
+        ({"messages": long}, "context_length_exceeded"),
+        ({"messages": long, "stream": True}, "context_length_exceeded"),
+    ):
         with pytest.raises(openai.BadRequestError) as refused:
             live.client.post(
                 "/chat/completions",
                 body={"model": "desk", "messages": HELLO, **body},
                 cast_to=object,
             )
+        assert (refused.value.code, refused.value.type) == (code, "invalid_request_error")
         assert isinstance(refused.value.body, dict)
         assert refused.value.body["message"]
 
