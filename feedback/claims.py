@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, case, func, insert, or_, select, update
 from sqlmodel import Session
 
 from feedback.errors import LeaseLost
@@ -155,14 +155,18 @@ def _drop_stale(connection: Connection, spec: LearningSpec, live_version: int, n
 def _new_run(
     connection: Connection, spec: LearningSpec, live_version: int, owner: str, now: float
 ) -> int:
-    """Make a run and put the oldest ready episodes into it."""
-    oldest = (
+    """Make a run and put ready episodes into it, those nearest to the live version first.
+
+    Oldest first would, under more traffic than is trained on, train on the stalest for ever.
+    """
+    distance = func.abs(ITEM.c.version - live_version)
+    freshest = (
         select(ITEM.c.episode_id)
         .where(ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now)
-        .order_by(ITEM.c.ended_at, ITEM.c.episode_id)
+        .order_by(distance, ITEM.c.ended_at.desc(), ITEM.c.episode_id)
         .limit(spec.training.max_episodes)
     )
-    ids = connection.execute(oldest).scalars().all()
+    ids = connection.execute(freshest).scalars().all()
     run_id: int = connection.execute(
         insert(RUN).returning(RUN.c.id),
         {
@@ -179,7 +183,7 @@ def _new_run(
         },
     ).scalar_one()
     connection.execute(
-        update(ITEM).where(ITEM.c.episode_id.in_(oldest)), {"state": "claimed", "run_id": run_id}
+        update(ITEM).where(ITEM.c.episode_id.in_(freshest)), {"state": "claimed", "run_id": run_id}
     )
     connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"dropped_since": {}})
     return run_id

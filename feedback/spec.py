@@ -61,7 +61,9 @@ class TrainingSpec(Strict):
     enabled: bool = True
     algorithm: Literal["loop"] = "loop"
     min_episodes: int = Field(128, ge=1, description="Matured episodes that trigger an update.")
-    max_episodes: int = Field(512, ge=1, description="Most episodes taken by one update.")
+    max_episodes: int = Field(
+        512, ge=1, description="Most episodes taken by one update, the freshest first."
+    )
     max_wait_seconds: float | None = Field(
         None, gt=0, description="Train on fewer once the oldest matured episode waited this long."
     )

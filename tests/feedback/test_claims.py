@@ -80,15 +80,26 @@ def test_readiness_says_where_every_episode_stands(store: Store) -> None:
     ).triggered
 
 
-def test_a_batch_is_the_oldest_first_with_rewards_and_turns(store: Store) -> None:
-    for id, value, ended_at in [("c", 0.25, 30.0), ("a", 1.0, 20.0), ("b", 0.0, 10.0)]:
+def test_a_batch_comes_in_order_with_rewards_and_turns(store: Store) -> None:
+    for id, value, ended_at in [("c", 0.25, 30.0), ("a", 1.0, 20.0)]:
         judged(store, id, value, ended_at=ended_at)
     store.begin(episode("pending", ended_at=1.0))
     held = granted(store, spec(max_episodes=2))
-    assert [(r.episode.id, r.reward) for r in held.episodes] == [("b", 0.0), ("a", 1.0)]
-    assert held.episodes[0].episode == store.episode("b")
+    assert [(r.episode.id, r.reward) for r in held.episodes] == [("a", 1.0), ("c", 0.25)]
+    assert held.episodes[0].episode == store.episode("a")
     assert readiness(store, spec()).claimed == 2
     assert claim(store, spec(), owner="b") is None
+
+
+def test_of_more_than_fit_the_nearest_to_live_and_then_the_latest_are_taken(store: Store) -> None:
+    for id, version, ended_at in [("old", 2, 90.0), ("now", 4, 10.0), ("then", 4, 5.0)]:
+        judged(store, id, version=version, ended_at=ended_at)
+    judged(store, "rejected", version=5, ended_at=80.0)
+    near = granted(store, spec(max_episodes=1), live=4)
+    assert ids(near) == ["now"]
+    store.finish(near, version=None, figures={})
+    rest = granted(store, spec(max_episodes=2, min_episodes=1), live=4)
+    assert ids(rest) == ["then", "rejected"]  # and not "old", two versions behind
 
 
 def test_too_few_wait_until_patience_ends(store: Store) -> None:
