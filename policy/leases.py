@@ -38,6 +38,10 @@ class Leases:
         """How many blocks hold `ref` now."""
         return self._held[ref]
 
+    def held(self) -> dict[AdapterRef, int]:
+        """How many blocks hold each version that is held."""
+        return dict(self._held)
+
     async def drained(self, ref: AdapterRef) -> None:
         """Return once nothing holds `ref`, including holders that came while waiting."""
         while self._held[ref]:

@@ -102,9 +102,11 @@ class Releases:
         with Session(self._database) as session:
             return fold(policy, self._changes_in(session, policy))
 
-    def events(self, policy: str) -> list[ReleaseEvent]:
-        """All events of a policy, oldest first."""
-        rows = select(ReleaseEventRow).where(self._of(policy))
+    def events(self, policy: str, *, after: int = 0) -> list[ReleaseEvent]:
+        """The events of a policy whose sequence is above `after`, oldest first."""
+        rows = select(ReleaseEventRow).where(
+            self._of(policy), col(ReleaseEventRow.sequence) > after
+        )
         with Session(self._database) as session:
             return [
                 _event(row) for row in session.scalars(rows.order_by(col(ReleaseEventRow.sequence)))

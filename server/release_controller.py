@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Protocol
 
 from policy.engine import AdapterRefused, Engine, EngineDead
 from policy.leases import Leases
@@ -33,6 +35,18 @@ ROOM_SECONDS = 10.0
 """How long a pinned request waits for an adapter slot before it is told to come back."""
 
 
+class AdapterWatcher(Protocol):
+    """Is told what was done, and how long it took; `server.telemetry.metrics` fits."""
+
+    def loaded(self, ref: AdapterRef, seconds: float, *, refused: bool) -> None: ...
+
+    def unloaded(self, ref: AdapterRef, seconds: float) -> None: ...
+
+    def swapped(self, ref: AdapterRef, seconds: float) -> None:
+        """New episodes take `ref` now, and took another version before."""
+        ...
+
+
 class NoRoom(Exception):
     """Every adapter slot is in use; room comes when a lease ends."""
 
@@ -49,6 +63,7 @@ class ReleaseController:
         *,
         slots: int,
         poll_seconds: float = 0.2,
+        watcher: AdapterWatcher | None = None,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -56,6 +71,7 @@ class ReleaseController:
         self._leases = leases
         self._slots = slots
         self._poll_seconds = poll_seconds
+        self._watcher = watcher
         self._live: dict[str, AdapterRef] = {}
         self._kept: frozenset[AdapterRef] = frozenset()
         self._spare: frozenset[AdapterRef] = frozenset()
@@ -134,6 +150,7 @@ class ReleaseController:
         return await asyncio.to_thread(self._releases.state, state.policy)
 
     async def _settle_live(self, state: ReleaseState) -> ReleaseState:
+        began = time.perf_counter()
         while not self._is_routable(state.live):
             try:
                 await self._load(state.live)
@@ -147,6 +164,8 @@ class ReleaseController:
                 state = await asyncio.to_thread(self._take_back, state, str(error))
         if self._live.get(state.policy) != state.live:
             logger.info("new episodes of %s take %s", state.policy, state.live)
+            if self._watcher is not None and state.policy in self._live:
+                self._watcher.swapped(state.live, time.perf_counter() - began)
             self._live[state.policy] = state.live
         return state
 
@@ -189,12 +208,26 @@ class ReleaseController:
 
     async def _load(self, ref: AdapterRef) -> ProbeReport | None:
         """Verify and load, making room first. Raises AdapterRefused, saying why, or NoRoom."""
+        began = time.perf_counter()
+        try:
+            report = await self._verify_and_load(ref)
+        except AdapterRefused:
+            self._tell_loaded(ref, began, refused=True)
+            raise
+        self._tell_loaded(ref, began, refused=False)
+        return report
+
+    async def _verify_and_load(self, ref: AdapterRef) -> ProbeReport | None:
         try:
             adapter = await asyncio.to_thread(self._registry.verify, ref)
         except RegistryError as error:
             raise AdapterRefused(str(error)) from error
         await self._make_room()
         return await self._engine.load(adapter)
+
+    def _tell_loaded(self, ref: AdapterRef, began: float, *, refused: bool) -> None:
+        if self._watcher is not None:
+            self._watcher.loaded(ref, time.perf_counter() - began, refused=refused)
 
     async def _make_room(self) -> None:
         if len(self._engine.loaded) < self._slots:
@@ -210,9 +243,12 @@ class ReleaseController:
         if self._leases.count(ref):
             return
         self._unloading.add(ref)
+        began = time.perf_counter()
         try:
             await self._engine.unload(ref)
             logger.info("%s is unloaded", ref)
+            if self._watcher is not None:
+                self._watcher.unloaded(ref, time.perf_counter() - began)
         finally:
             self._unloading.discard(ref)
 
