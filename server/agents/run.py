@@ -29,9 +29,8 @@ from server.agents.events import (
     Usage,
 )
 from server.agents.spec import AgentSpec
-from server.agents.turn import TurnDraft
+from server.agents.turn import Tools, TurnDraft
 from server.tools.base import CallContext
-from server.tools.box import ToolBox
 
 T = TypeVar("T")
 
@@ -71,7 +70,7 @@ class Agent:
     """A declared agent with its tools open."""
 
     spec: AgentSpec
-    toolbox: ToolBox
+    toolbox: Tools
 
 
 @dataclass(frozen=True, slots=True)

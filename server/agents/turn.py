@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from feedback.types import ToolCall, Turn
 from policy.chat import ParsedCall, ParsedTurn
 from policy.engine import EngineDead, PromptTooLong
 from policy.types import Delta
-from server.tools.base import CallContext, fault
-from server.tools.box import ToolBox
+from server.tools.base import CallContext, ToolResult, fault
+
+
+class Tools(Protocol):
+    """What an agent may call; `server.tools.box.ToolBox`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def definitions(self) -> list[dict[str, Any]]:
+        """In OpenAI's shape."""
+        ...
+
+    async def call(
+        self, name: str, arguments: Mapping[str, Any], context: CallContext
+    ) -> ToolResult:
+        """Raises nothing but the caller's own cancellation."""
+        ...
 
 
 class TurnDraft:
@@ -67,7 +84,7 @@ class TurnDraft:
             return ""
         raise EngineDead("the engine ended a stream without a stop reason; see its log")
 
-    async def answer(self, box: ToolBox, context: CallContext) -> None:
+    async def answer(self, box: Tools, context: CallContext) -> None:
         """Call the turn's tools, all at once; answers keep the order of the calls."""
         calls = self.parsed.calls
         self._answers = [None] * len(calls)
@@ -122,7 +139,7 @@ class TurnDraft:
     def _cut(self, reason: str, why: str) -> None:
         self.stop_reason, self.run_ends, self.fault = "abort", reason, why
 
-    async def _answer_one(self, place: int, box: ToolBox, context: CallContext) -> None:
+    async def _answer_one(self, place: int, box: Tools, context: CallContext) -> None:
         call = self.parsed.calls[place]
         started = time.perf_counter()
         if call.arguments is None:

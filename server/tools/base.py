@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from feedback.types import ToolStatus
@@ -52,6 +52,8 @@ class CallContext:
     tenant: str = "default"
     deadline: float | None = None
     """Event-loop time at which the whole run ends; an answer after it is of no use."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace context headers, for whoever the tool calls on; empty: nothing is traced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ class OpenApiTool:
         return self._operation.spec
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
-        return await self._service.send(build_request(self._operation, arguments))
+        request = build_request(self._operation, arguments)
+        return await self._service.send(request, context.trace)
 
     async def aclose(self) -> None:
         await self._service.aclose()
@@ -89,11 +90,11 @@ class _Service:
         self._base_url = base_url.rstrip("/")
         self._session = _session(headers)
 
-    async def send(self, request: Request) -> ToolResult:
+    async def send(self, request: Request, trace: Mapping[str, str]) -> ToolResult:
         async with self._session.request(
             request.method,
             URL(self._base_url + request.target, encoded=True),
-            headers=request.headers,
+            headers={**request.headers, **trace},
             data=request.content,
             allow_redirects=False,
         ) as response:

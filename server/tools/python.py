@@ -7,6 +7,7 @@ are the box's.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import pkgutil
 import threading
@@ -189,5 +190,7 @@ async def _in_thread(function: Callable[..., Any], keywords: Mapping[str, Any]) 
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, value, failure)
 
-    threading.Thread(target=work, name=f"tool-{function.__name__}", daemon=True).start()
+    # What the function logs or traces is of this call.
+    ours, name = contextvars.copy_context(), f"tool-{function.__name__}"
+    threading.Thread(target=ours.run, args=(work,), name=name, daemon=True).start()
     return await answer
