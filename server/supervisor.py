@@ -1,12 +1,14 @@
 """Keeps one child process running beside the server: starts, restarts with back-off, stops.
 
-It knows a command and an environment, nothing of what the child does. Its log lines are forwarded.
+It knows a command and an environment, nothing of what the child does. Its log lines are forwarded,
+those that are JSON objects with an `event` at the level and with the figures that they tell.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -18,6 +20,7 @@ FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 60.0
 """A child that ran this long was well: its next restart is quick again."""
+_LEVELS = logging.getLevelNamesMapping()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,4 +119,17 @@ class Supervisor:
                 continue
             if not line:
                 return
-            self._log.info("%s", line.decode(errors="replace").rstrip())
+            self._log_line(line.decode(errors="replace").rstrip())
+
+    def _log_line(self, line: str) -> None:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict) or "event" not in told:
+            self._log.info("%s", line)
+            return
+        level = _LEVELS.get(str(told.get("level")).upper(), logging.INFO)
+        error = f"\n{told['error']}" if "error" in told else ""
+        extra = {"figures": told.get("figures")}
+        self._log.log(level, "%s%s", told["event"], error, extra=extra)
