@@ -31,6 +31,7 @@ class EngineSettings(BaseModel):
     kv_cache_mb: int = Field(256, ge=16, description="KV-cache memory on a CPU, MiB.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory.")
     threads: int = Field(1, ge=1, description="CPU threads of the engine process.")
+    metrics: bool = Field(True, description="vLLM's own Prometheus metrics, at /metrics.")
     probe_tolerance: float = Field(
         0.05, gt=0, description="Largest |engine - trainer| of a probe, nats; bfloat16 needs more."
     )

@@ -196,7 +196,10 @@ def create_vllm_engine(
         if current_platform.is_cpu():
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         client = TappedClient(
-            vllm_config=config, executor_class=TiedExecutor, log_stats=False, log_requests=False
+            vllm_config=config,
+            executor_class=TiedExecutor,
+            log_stats=engine.metrics,
+            log_requests=False,
         )
     return VllmEngine(client, probe_tolerance=engine.probe_tolerance)
 
@@ -234,7 +237,7 @@ def _engine_args(path: str, model: ModelSettings, engine: EngineSettings) -> Asy
         logprobs_mode="processed_logprobs",
         generation_config="auto",
         override_generation_config=_NEUTRAL_SAMPLING,
-        disable_log_stats=True,
+        disable_log_stats=not engine.metrics,
         use_tqdm_on_load=False,
     )
 

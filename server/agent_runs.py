@@ -24,6 +24,7 @@ from server.agents.events import RunEnded, RunEvent, RunStarted, TurnRecorded
 from server.agents.run import Agent, RunRequest, run_agent
 from server.errors import ApiError, BadRequest, NotFound, as_api_error
 from server.services import TENANT, Services
+from server.telemetry.logs import log_also
 from server.wire import EPISODE_HEADER, MAX_METADATA, EpisodeId
 
 _NO_RETRY = {"x-should-retry": "false"}
@@ -130,6 +131,7 @@ async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
         )
     adapter = _adapter(agent, asked.model, services)
     request = _request(name, asked)
+    log_also(episode_id=request.episode_id)
     lease = await services.controller.hold(adapter)
     events = run_agent(
         agent,

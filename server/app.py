@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -32,15 +32,32 @@ from server.agents.run import Agent
 from server.agents.spec import load_agents
 from server.errors import install_error_handlers
 from server.middleware import BearerKey, BoundedBody, RequestIds
-from server.plain_http import PlainEpisodes, PlainServices, SampledReply, collect
+from server.plain_http import PATHS, PlainEpisodes, PlainServices, SampledReply, collect
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
-from server.routes import agents, episodes, feedback, health, models, policies, training, webhooks
+from server.routes import (
+    agents,
+    episodes,
+    feedback,
+    health,
+    metrics,
+    models,
+    policies,
+    training,
+    webhooks,
+)
 from server.routing import Routing
 from server.services import Services
 from server.settings import Settings
 from server.supervisor import Supervisor
+from server.telemetry.http import CountedRequests
+from server.telemetry.ledger import Ledger
+from server.telemetry.metrics import Metrics
+from server.telemetry.watch import WatchedLog, Watcher, Watchers
 from server.tools.box import open_toolbox
+
+if TYPE_CHECKING:
+    from server.telemetry.spans import Spans
 
 logger = logging.getLogger("hone.server")
 
@@ -84,17 +101,21 @@ def vllm_parts() -> Parts:
 
 def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     """The server as an ASGI app; its lifespan starts and stops everything else."""
+    counted = Metrics() if settings.telemetry.metrics else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.services = await _start(app, settings, parts or vllm_parts(), stack)
+            app.state.services = await _start(app, settings, parts or vllm_parts(), counted, stack)
             yield
             app.state.services = None
 
     app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
-    for module in (health, models, agents, feedback, webhooks, episodes, policies, training):
+    for module in (
+        *(health, models, agents, feedback, webhooks),
+        *(episodes, policies, training, metrics),
+    ):
         app.include_router(module.router)
 
     key = settings.http.api_key
@@ -102,11 +123,24 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     app.add_middleware(PlainEpisodes, services=lambda: _plain_services(app))
     app.add_middleware(BoundedBody, max_bytes=settings.http.max_body_bytes)
     app.add_middleware(BearerKey, key=None if key is None else key.get_secret_value())
+    if settings.telemetry.otlp_endpoint is not None:
+        # OpenTelemetry is imported only where it is used.
+        from server.telemetry.callers import CallerTraces  # noqa: PLC0415
+
+        app.add_middleware(CallerTraces)
     app.add_middleware(RequestIds)
+    if counted is not None:
+        app.add_middleware(CountedRequests, metrics=counted, fixed=PATHS)
     return app
 
 
-async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExitStack) -> Services:
+async def _start(
+    app: FastAPI,
+    settings: Settings,
+    parts: Parts,
+    counted: Metrics | None,
+    stack: AsyncExitStack,
+) -> Services:
     base = parts.base_model(settings.model.path)
     specs = load_agents(settings.agents) if settings.agents.is_dir() else {}
     webhooks = open_webhooks(settings.webhooks) if settings.webhooks.is_dir() else {}
@@ -120,15 +154,22 @@ async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExi
     interrupted = store.interrupt_running()
     if interrupted:
         logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
-    log = Log(store)
-    stack.push_async_callback(asyncio.to_thread, log.close)
+    writer = Log(store)
+    stack.push_async_callback(asyncio.to_thread, writer.close)
 
     chat = parts.chat(base.path)
+    spans = _spans(settings, chat, stack)
+    watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
+    log = WatchedLog(writer, Watchers(watchers))
     registry = Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank)
     releases, leases = Releases(store.database), Leases()
     controller = ReleaseController(
-        engine, registry, releases, leases, slots=settings.engine.max_loras
+        engine, registry, releases, leases, slots=settings.engine.max_loras, watcher=counted
     )
+    if watchers:
+        ledger = Ledger(store, releases, Watchers(watchers))
+        await ledger.start()
+        stack.push_async_callback(ledger.stop)
     await controller.start()
     stack.push_async_callback(controller.stop)
 
@@ -145,7 +186,9 @@ async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExi
     for name, spec in specs.items():
         tools = await open_toolbox(spec.tools)
         stack.push_async_callback(tools.aclose)
-        served[name] = Agent(spec, tools)
+        served[name] = Agent(spec, tools if spans is None else spans.around(tools))
+    if counted is not None:
+        counted.know_tools({tool for agent in served.values() for tool in agent.toolbox.names})
 
     trainer = None
     if settings.trainer.enabled and served:
@@ -168,7 +211,19 @@ async def _start(app: FastAPI, settings: Settings, parts: Parts, stack: AsyncExi
         agents=served,
         webhooks=webhooks,
         trainer=trainer,
+        metrics=counted,
     )
+
+
+def _spans(settings: Settings, chat: ChatFormat, stack: AsyncExitStack) -> Spans | None:
+    """What exports spans, if there is anywhere to export them to."""
+    if settings.telemetry.otlp_endpoint is None:
+        return None
+    from server.telemetry.spans import open_spans  # noqa: PLC0415 - as above
+
+    spans = open_spans(settings.telemetry, text=chat.text)
+    stack.push_async_callback(asyncio.to_thread, spans.close)
+    return spans
 
 
 def _trainer_environment(settings: Settings) -> Mapping[str, str]:

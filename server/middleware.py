@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized, error_response
+from server.telemetry.logs import log_only
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Answered without a key: probes carry none, and the answers tell nothing."""
@@ -36,6 +37,7 @@ class RequestIds:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _SANE_ID.match(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        log_only(request_id=request_id)
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -27,6 +27,7 @@ from server.middleware import replayed
 from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic
 from server.release_controller import ReleaseController
 from server.routing import AGENT_PREFIX, Routing
+from server.telemetry.logs import log_also
 from server.wire import EPISODE_HEADER, EPISODE_ID_PATTERN, MAX_METADATA
 
 logger = logging.getLogger("hone.episodes")
@@ -96,6 +97,7 @@ class PlainEpisodes:
         call = _chat_call(body, headers, scope["path"], services.routing)
         await _check_not_over(call.episode_id, services)
         episode = services.traffic.join(call)
+        log_also(episode_id=episode.id)
         running = RunningCall(episode)
         try:
             with await services.controller.hold(episode.adapter):

@@ -9,7 +9,6 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from feedback.log import Log
 from feedback.spec import LearningSpec
 from feedback.store import Store
 from feedback.webhooks.source import WebhookSource
@@ -25,6 +24,8 @@ from server.release_controller import ReleaseController
 from server.routing import Routing
 from server.settings import Settings
 from server.supervisor import Supervisor
+from server.telemetry.metrics import Metrics
+from server.telemetry.watch import WatchedLog
 
 TENANT = "default"
 
@@ -39,7 +40,7 @@ class Services:
     engine: Engine
     chat: ChatFormat
     store: Store
-    log: Log
+    log: WatchedLog
     registry: Registry
     releases: Releases
     leases: Leases
@@ -50,6 +51,8 @@ class Services:
     webhooks: Mapping[str, WebhookSource]
     trainer: Supervisor | None
     """None when the server runs no trainer."""
+    metrics: Metrics | None
+    """None when they are switched off."""
     started_at: float = field(default_factory=time.time)
 
     def learning(self, policy: str, agent: str | None = None) -> LearningSpec:

@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from feedback.settings import StorageSettings
 from policy.settings import EngineSettings, ModelSettings
+from server.telemetry.settings import LogSettings, TelemetrySettings
 
 DEFAULT_CONFIG = Path("hone.toml")
 
@@ -88,6 +89,8 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     storage: StorageSettings = StorageSettings()
     http: HttpSettings = HttpSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    log: LogSettings = LogSettings()
     trainer: TrainerSwitch = TrainerSwitch()
 
     @classmethod

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from feedback.webhooks.spec import WebhookFileError
@@ -30,7 +29,10 @@ from server.app import create_app
 from server.routing import ReservedName
 from server.services import Services
 from server.settings import HttpSettings, Settings
+from server.telemetry.logs import configure_logging, is_json
 from server.tools.base import ToolUnavailable
+
+logger = logging.getLogger("hone.server")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,7 +58,7 @@ START_ERRORS = (
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises one of START_ERRORS."""
     console = Console(stderr=True)
-    _configure_logging(console)
+    configure_logging(settings.log, settings.telemetry, console)
     began = time.monotonic()
     # Bound before the engine starts: a port that is taken should say so at once.
     listener = _bind(settings.http.host, settings.http.port)
@@ -78,8 +80,11 @@ async def _serve(
     app: FastAPI, server: _Server, listener: socket.socket, console: Console, began: float
 ) -> None:
     async with app.router.lifespan_context(app):
-        banner = _banner(app.state.services, time.monotonic() - began)
-        console.print(banner, soft_wrap=True, highlight=False)
+        services, seconds = app.state.services, time.monotonic() - began
+        if is_json(services.settings.log, console):
+            logger.info("serves %s/v1, ready in %.1f s", _url(services.settings.http), seconds)
+        else:
+            console.print(_banner(services, seconds), soft_wrap=True, highlight=False)
         await server.serve(sockets=[listener])
 
 
@@ -112,22 +117,9 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _configure_logging(console: Console) -> None:
-    """One line an event: for eyes on a terminal, with full time stamps otherwise."""
-    if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=False)
-        handler.setFormatter(logging.Formatter("%(name)s  %(message)s", datefmt="%X"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("hone").setLevel(logging.INFO)
-
-
 def _banner(services: Services, seconds: float) -> str:
     http = services.settings.http
-    host = f"[{http.host}]" if ":" in http.host else http.host
-    url = f"http://{host}:{http.port}"
+    url = _url(http)
     flag = f" --url {url}" if http.port != HttpSettings().port else ""
     lines = [
         f"[bold cyan]hone[/] serves [bold]{url}/v1[/], ready in {seconds:.1f} s",
@@ -147,6 +139,11 @@ def _banner(services: Services, seconds: float) -> str:
         lines.append(f"  curl {url}/v1/agents/{name}/runs --json {body}")
     lines += [f"  hone status{flag}", f"  hone episodes{flag}", "stop with Ctrl-C"]
     return "\n".join(lines)
+
+
+def _url(http: HttpSettings) -> str:
+    host = f"[{http.host}]" if ":" in http.host else http.host
+    return f"http://{host}:{http.port}"
 
 
 def _tools(agent: Agent) -> str:

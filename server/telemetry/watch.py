@@ -1,0 +1,114 @@
+"""Who is told what happens, and the log that tells it.
+
+Every episode, an agent's or a plain chat's, passes through one log: watching that one place sees
+them all, and neither the run nor the plain traffic knows of it. What watchers make of it is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from feedback.events import Receipt
+from feedback.training import TrainingRun
+from feedback.types import Episode, FeedbackEvent, Turn
+from policy.releases import ReleaseEvent
+
+logger = logging.getLogger("hone.telemetry")
+
+
+class Watcher(Protocol):
+    """Is told each thing once it is on disk, on the event loop: it must be quick."""
+
+    def begun(self, episode: Episode) -> None: ...
+
+    def recorded(self, episode: Episode, turn: Turn) -> None: ...
+
+    def ended(self, episode: Episode, stop_reason: str, ended_at: float) -> None: ...
+
+    def judged(self, event: FeedbackEvent, receipt: Receipt) -> None: ...
+
+    def trained(self, run: TrainingRun) -> None:
+        """A training run is over, whatever came of it."""
+        ...
+
+    def released(self, event: ReleaseEvent) -> None: ...
+
+
+class Watchers:
+    """Several as one. What fails in one is logged, and hurts neither the others nor a request."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = tuple(watchers)
+
+    def begun(self, episode: Episode) -> None:
+        self._tell(lambda watcher: watcher.begun(episode))
+
+    def recorded(self, episode: Episode, turn: Turn) -> None:
+        self._tell(lambda watcher: watcher.recorded(episode, turn))
+
+    def ended(self, episode: Episode, stop_reason: str, ended_at: float) -> None:
+        self._tell(lambda watcher: watcher.ended(episode, stop_reason, ended_at))
+
+    def judged(self, event: FeedbackEvent, receipt: Receipt) -> None:
+        self._tell(lambda watcher: watcher.judged(event, receipt))
+
+    def trained(self, run: TrainingRun) -> None:
+        self._tell(lambda watcher: watcher.trained(run))
+
+    def released(self, event: ReleaseEvent) -> None:
+        self._tell(lambda watcher: watcher.released(event))
+
+    def _tell(self, what: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            try:
+                what(watcher)
+            except Exception:
+                logger.exception("telemetry failed; the request goes on")
+
+
+class Record(Protocol):
+    """What is watched; `feedback.log.Log` fits."""
+
+    async def begin(self, episode: Episode) -> None: ...
+
+    async def append_turn(self, episode_id: str, turn: Turn) -> None: ...
+
+    async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None: ...
+
+    async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]: ...
+
+
+class WatchedLog:
+    """A log that tells what it has recorded."""
+
+    def __init__(self, log: Record, watcher: Watcher) -> None:
+        self._log = log
+        self._watcher = watcher
+        self._running: dict[str, Episode] = {}
+
+    async def begin(self, episode: Episode) -> None:
+        await self._log.begin(episode)
+        self._running[episode.id] = episode
+        self._watcher.begun(episode)
+
+    async def append_turn(self, episode_id: str, turn: Turn) -> None:
+        await self._log.append_turn(episode_id, turn)
+        if (episode := self._running.get(episode_id)) is not None:
+            self._watcher.recorded(episode, turn)
+
+    async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
+        # Told even if the record fails: nobody ends an episode twice.
+        episode = self._running.pop(episode_id, None)
+        try:
+            await self._log.end(episode_id, stop_reason, ended_at)
+        finally:
+            if episode is not None:
+                self._watcher.ended(episode, stop_reason, ended_at)
+
+    async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
+        receipts = await self._log.add_feedback(said)
+        for event, receipt in zip(said, receipts, strict=True):
+            self._watcher.judged(event, receipt)
+        return receipts
