@@ -1,9 +1,10 @@
 """What the run loop itself costs a turn: engine, tool and recorder answer at once.
 
-    python -m benchmarks.agent_overhead [--runs 2000] [--at-once 200]
+    python -m benchmarks.agent_overhead [--runs 2000] [--at-once 200] [--telemetry off|metrics|all]
 
 Each run has one turn with a tool call and one without. The chat format is a stand-in as well: its
-cost is the template's, and is measured elsewhere.
+cost is the template's, and is measured elsewhere. `--telemetry all` counts and traces every run;
+the spans are encoded for export and thrown away.
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from feedback.types import Episode, Turn
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from feedback.events import Receipt
+from feedback.types import Episode, FeedbackEvent, Turn
 from policy.tool_calls import ParsedTurn, parse_turn
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
 from server.agents.run import Agent, RunRequest, run_to_end
 from server.agents.spec import AgentSpec
+from server.agents.turn import Tools
+from server.telemetry.export import Tracer
+from server.telemetry.metrics import Metrics
+from server.telemetry.settings import TelemetrySettings
+from server.telemetry.spans import Spans
+from server.telemetry.watch import WatchedLog, Watcher, Watchers
 from server.tools.box import ToolBox
 from server.tools.python import PythonTool
 
@@ -90,16 +102,34 @@ class InstantRecorder:
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         pass
 
+    async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
+        return []
+
+
+class Encoded(SpanExporter):
+    """All of an export but the network."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        encode_spans(spans).SerializeToString()
+        return SpanExportResult.SUCCESS
+
 
 async def add(a: int, b: int) -> int:
     """Add two numbers."""
     return a + b
 
 
-async def measure(runs: int, at_once: int) -> float:
+async def measure(runs: int, at_once: int, telemetry: str) -> float:
     """CPU seconds a turn."""
-    agent = Agent(AgentSpec(name="bench"), ToolBox([PythonTool(add)]))
-    engine, chat, recorder = InstantEngine(), InstantChat(), InstantRecorder()
+    tools: Tools = ToolBox([PythonTool(add)])
+    watchers: list[Watcher] = [] if telemetry == "off" else [Metrics()]
+    if telemetry == "all":
+        spans = _spans()
+        watchers.append(spans)
+        tools = spans.around(tools)
+    agent = Agent(AgentSpec(name="bench"), tools)
+    engine, chat = InstantEngine(), InstantChat()
+    recorder = WatchedLog(InstantRecorder(), Watchers(watchers))
     messages = [{"role": "user", "content": "2 and 3?"}]
     turns = 0
 
@@ -122,15 +152,21 @@ async def measure(runs: int, at_once: int) -> float:
     return (time.process_time() - started) / turns
 
 
+def _spans() -> Spans:
+    settings = TelemetrySettings()
+    return Spans(settings, Tracer(settings, Encoded()), text=InstantChat().text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=200)
+    parser.add_argument("--telemetry", choices=("off", "metrics", "all"), default="off")
     options = parser.parse_args()
     for at_once in (1, options.at_once):
-        seconds = asyncio.run(measure(options.runs, at_once))
+        seconds = asyncio.run(measure(options.runs, at_once, options.telemetry))
         print(f"{at_once:4d} runs at once: {seconds * 1e6:6.0f} microseconds a turn")
 
 

@@ -6,6 +6,7 @@ request wait. Which spans there are is `spans`'.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -24,7 +25,7 @@ from server.telemetry.settings import TelemetrySettings
 
 NO_PARENT = Context()
 EXPORT_TIMEOUT_SECONDS = 5.0
-"""Of one export: also how long a dead collector may hold up the end of the server."""
+"""Of one export, and of the last ones together: a dead collector must not hold up the end."""
 TRACES_PATH = "/v1/traces"
 
 _wanted: ContextVar[SpanIds | None] = ContextVar("hone_wanted_span_ids", default=None)
@@ -48,6 +49,7 @@ class Tracer:
 
     def __init__(self, settings: TelemetrySettings, exporter: SpanExporter) -> None:
         resource = Resource.create({SERVICE_NAME: settings.service_name})
+        self._exporter = exporter
         processor = BatchSpanProcessor(
             exporter, schedule_delay_millis=settings.export_seconds * 1000
         )
@@ -90,6 +92,14 @@ class Tracer:
 
     def close(self) -> None:
         """Export what is left. Blocks, no longer than an export may take."""
+        # The SDK itself would wait for every batch that is queued.
+        ending = threading.Thread(target=self._shut_down, name="hone-spans-end", daemon=True)
+        ending.start()
+        ending.join(EXPORT_TIMEOUT_SECONDS)
+        if ending.is_alive():
+            self._exporter.shutdown()
+
+    def _shut_down(self) -> None:
         for provider in self._providers:
             provider.shutdown()
 

@@ -16,14 +16,22 @@ from prometheus_client.registry import Collector
 from server.services import Services
 from server.telemetry.metrics import Metrics
 
+_UNBOUNDED = frozenset({"vllm:lora_requests_info"})
+"""vLLM's families whose labels name adapter versions: a new series for every mix that ever ran."""
 _COUNTED = ("ready", "waiting_for_outcome", "immature", "running", "claimed", "trained")
 
 
 def exposition(metrics: Metrics, services: Services) -> bytes:
     """Prometheus' text: what was counted, what stands now, and what vLLM and Python report."""
-    # The process-wide registry is where vLLM puts its own.
-    parts = (metrics.registry, Readings(services), REGISTRY)
+    parts = (metrics.registry, Readings(services), _Process())
     return b"".join(generate_latest(part) for part in parts)
+
+
+class _Process(Collector):
+    """Python's own metrics and vLLM's, which it puts into the process-wide registry."""
+
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in REGISTRY.collect() if family.name not in _UNBOUNDED)
 
 
 class Readings(Collector):
