@@ -19,6 +19,8 @@ from server.telemetry.watch import Watcher
 logger = logging.getLogger("hone.telemetry")
 
 RUNS_READ = 20
+RUNS_REMEMBERED = 200
+"""Ids of runs that were told; far more than are read at once."""
 
 
 class Ledger:
@@ -85,6 +87,7 @@ class Ledger:
 
     def _mark(self, runs: Sequence[TrainingRun], events: Sequence[ReleaseEvent]) -> None:
         """Not in the thread: a poll that is cancelled has told nothing yet."""
-        self._told_runs |= {run.id for run in runs}
+        known = self._told_runs | {run.id for run in runs}
+        self._told_runs = set(sorted(known)[-RUNS_REMEMBERED:])
         for event in events:
             self._told_events[event.ref.policy] = event.sequence

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -25,6 +26,16 @@ _ids: ContextVar[Mapping[str, str]] = ContextVar("hone_log_ids", default=_NOTHIN
 def log_also(**ids: str) -> None:
     """From here on, in this task and those that it starts, log lines carry these ids too."""
     _ids.set({**_ids.get(), **ids})
+
+
+@contextmanager
+def logging_also(**ids: str) -> Iterator[None]:
+    """As `log_also`, for the length of the block."""
+    token = _ids.set({**_ids.get(), **ids})
+    try:
+        yield
+    finally:
+        _ids.reset(token)
 
 
 def log_only(**ids: str) -> None:

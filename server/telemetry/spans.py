@@ -102,29 +102,9 @@ class Spans:
         }
 
     def begun(self, episode: Episode) -> None:
-        ids, caller = self._ids.of_episode(episode.id), get_current_span()
-        about = _about(episode)
-        if episode.agent is None:
-            # The turns of a plain chat may come from many requests, each with its own caller.
-            root = self.tracer.start(names.EPISODE, about, ids=ids, at=episode.started_at)
-            self._open[episode.id] = _Open(root, root)
-            return
-        called = caller.get_span_context().is_valid
-        span = self.tracer.start(
-            f"{names.INVOKE_AGENT} {episode.agent}",
-            {names.OPERATION: names.INVOKE_AGENT, names.AGENT: episode.agent, **about},
-            parent=set_span_in_context(caller, NO_PARENT) if called else NO_PARENT,
-            ids=None if called else ids,
-            at=episode.started_at,
-        )
-        root = span
-        if called and span.is_recording():
-            # Where the derived ids lead: to the span that stands in the caller's trace.
-            root = self.tracer.start(
-                names.EPISODE, about, ids=ids, at=episode.started_at, always=True,
-                links=[Link(span.get_span_context())],
-            )  # fmt: skip
-        self._open[episode.id] = _Open(span, root)
+        # The turns of a plain chat may come from many requests, each with its own caller.
+        open_ = self._open_plain if episode.agent is None else self._open_run
+        self._open[episode.id] = open_(episode)
 
     def recorded(self, episode: Episode, turn: Turn) -> None:
         known = self._open.get(episode.id)
@@ -232,6 +212,30 @@ class Spans:
             always=True,
         )
         span.end(nanoseconds(event.at))
+
+    def _open_plain(self, episode: Episode) -> _Open:
+        ids = self._ids.of_episode(episode.id)
+        root = self.tracer.start(names.EPISODE, _about(episode), ids=ids, at=episode.started_at)
+        return _Open(root, root)
+
+    def _open_run(self, episode: Episode) -> _Open:
+        ids, caller = self._ids.of_episode(episode.id), get_current_span()
+        about, is_called = _about(episode), caller.get_span_context().is_valid
+        span = self.tracer.start(
+            f"{names.INVOKE_AGENT} {episode.agent}",
+            {names.OPERATION: names.INVOKE_AGENT, names.AGENT: episode.agent, **about},
+            parent=set_span_in_context(caller, NO_PARENT),
+            ids=None if is_called else ids,
+            at=episode.started_at,
+        )
+        if not is_called or not span.is_recording():
+            return _Open(span, span)
+        # Where the derived ids lead: to the span that stands in the caller's trace.
+        root = self.tracer.start(
+            names.EPISODE, about, ids=ids, at=episode.started_at, always=True,
+            links=[Link(span.get_span_context())],
+        )  # fmt: skip
+        return _Open(span, root)
 
     def _chat_content(self, turn: Turn) -> Mapping[str, str]:
         if not self._content:

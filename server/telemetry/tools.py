@@ -16,7 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from server.agents.turn import Tools
 from server.telemetry import names
 from server.telemetry.export import Tracer
-from server.telemetry.logs import log_also
+from server.telemetry.logs import logging_also
 from server.tools.base import CallContext, ToolResult
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -59,14 +59,14 @@ class TracedTools:
         span = self._tracer.start(
             f"{names.EXECUTE_TOOL} {shown}", _about(shown, context), parent=parent
         )
+        about = span.get_span_context()
         # Current while the tool runs: a Python function may trace on, and log lines name it.
-        with use_span(span, end_on_exit=True, record_exception=False):
-            about = span.get_span_context()
-            log_also(
-                episode_id=context.episode_id,
-                trace_id=format_trace_id(about.trace_id),
-                span_id=format_span_id(about.span_id),
-            )
+        with (
+            use_span(span, end_on_exit=True, record_exception=False),
+            logging_also(
+                trace_id=format_trace_id(about.trace_id), span_id=format_span_id(about.span_id)
+            ),
+        ):
             headers: dict[str, str] = {}
             _PROPAGATOR.inject(headers)
             result = await self._tools.call(name, arguments, replace(context, trace=headers))

@@ -21,6 +21,7 @@ import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.house import byte_chat, wait_until, write_agent
 
@@ -174,6 +175,20 @@ def test_a_plain_chat_is_answered_and_recorded_as_sampled(live: Live) -> None:
     told = [item["logprob"] for item in choice["logprobs"]["content"]]
     assert turn["logprobs"] == pytest.approx(told, abs=1e-5)
     assert turn["prompt_token_ids"] == byte_chat().first_prompt(HELLO, [])
+
+
+def test_metrics_have_vllms_own_beside_ours(live: Live) -> None:
+    def tokens(name: str) -> float:
+        text = httpx.get(f"{live.url}/metrics", timeout=10).text
+        families = text_string_to_metric_families(text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(sample.value for sample in samples)
+
+    names = ("vllm:generation_tokens_total", "hone_sampled_tokens_total")
+    before = [tokens(name) for name in names]
+    live.client.chat.completions.create(model="desk", messages=HELLO, max_tokens=8)
+    grown = [tokens(name) - known for name, known in zip(names, before, strict=True)]
+    assert grown[0] == grown[1] > 0
 
 
 def test_a_streamed_chat_carries_usage_and_its_episode(live: Live) -> None:

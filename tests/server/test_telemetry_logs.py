@@ -20,7 +20,7 @@ from rich.console import Console
 from server.settings import load_settings
 from server.supervisor import Supervisor
 from server.telemetry.ids import DerivedIds
-from server.telemetry.logs import JsonLines, configure_logging
+from server.telemetry.logs import JsonLines, configure_logging, log_only, logging_also
 from server.telemetry.redaction import LONGEST, Redactor
 from server.telemetry.settings import LogSettings, TelemetrySettings
 from tests.server.collector import collecting
@@ -72,14 +72,17 @@ def complain() -> str:
 
 
 async def test_an_untraced_episode_names_its_own_trace_only_if_there_are_traces() -> None:
-    from server.telemetry.logs import log_only
-
     ids = DerivedIds("hone")
     expected = f"{ids.of_episode('run-1').trace_id:032x}"
     for traces, trace_id in ((ids, expected), (None, None)):
         with written(traces) as lines:
             log_only(episode_id="run-1")
             await asyncio.create_task(_log_in_a_task())
+            with logging_also(trace_id="tool"):
+                logging.getLogger("hone.x").info("within")
+            logging.getLogger("hone.x").info("after")
+        within, after = lines[1:]
+        assert (within["trace_id"], after.get("trace_id")) == ("tool", trace_id)
         assert lines[0].get("trace_id") == trace_id
         assert lines[0]["episode_id"] == "run-1"
         assert lines[0]["error"].splitlines()[-1] == "ValueError: gone"

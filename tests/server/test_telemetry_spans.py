@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from feedback.spec import LearningSpec
 from policy.types import AdapterRef
 from server.telemetry.ids import DerivedIds
 from tests.server.collector import Collector, Received, collecting
-from tests.server.house import House, running, scripted_parts, settings_in, wait_until, write_agent
+from tests.server.house import (
+    House,
+    running,
+    scripted_engine,
+    scripted_parts,
+    settings_in,
+    wait_until,
+    write_agent,
+)
 
 CALL = 'CALL get_order {"order": 7}'
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -69,7 +77,14 @@ def collector() -> Iterator[Collector]:
 
 
 @contextmanager
-def traced(folder: Path, orders: Orders, collector: Collector, **flags: Any) -> Iterator[House]:
+def traced(
+    folder: Path,
+    orders: Orders,
+    collector: Collector,
+    *,
+    parts: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Iterator[House]:
     agent = {"name": "desk", "tools": [{"openapi": f"{orders.url}/openapi.json"}]}
     write_agent(folder, json.dumps(agent))
     flags = {
@@ -78,7 +93,7 @@ def traced(folder: Path, orders: Orders, collector: Collector, **flags: Any) -> 
         "telemetry__service_name": "desk-1",
         **flags,
     }
-    with running(settings_in(folder, **flags), scripted_parts(folder)) as house:
+    with running(settings_in(folder, **flags), scripted_parts(folder, **parts or {})) as house:
         yield house
 
 
@@ -103,8 +118,8 @@ def chats(collector: Collector, count: int) -> list[Received]:
 def test_a_run_is_one_trace_with_its_turns_and_tools(
     tmp_path: Path, orders: Orders, collector: Collector
 ) -> None:
-    headers = {"telemetry__headers": {"x-tenant-key": "k-1"}}
-    with traced(tmp_path, orders, collector, **headers) as house:
+    key = {"x-tenant-key": "k-1"}
+    with traced(tmp_path, orders, collector, telemetry__headers=key) as house:
         told = run(house)
         agent = collector.one("invoke_agent desk")
         tool = collector.one("execute_tool get_order")
@@ -243,7 +258,7 @@ def test_content_stays_unless_it_is_asked_for_and_then_leaves_redacted(
         assert content not in collector.text()
 
     collector.spans.clear()
-    flags = {"telemetry__content": True, "telemetry__redact": ["pays"]}
+    flags: dict[str, Any] = {"telemetry__content": True, "telemetry__redact": ["pays"]}
     with traced(tmp_path, orders, collector, **flags) as house:
         run(house, f"hello ann@example.com {'Bearer abcdef123456789'}", "run-2")
         run(house, CALL, "run-3")
@@ -257,6 +272,22 @@ def test_content_stays_unless_it_is_asked_for_and_then_leaves_redacted(
     [said] = json.loads(collector.named("chat desk")[0].attributes["gen_ai.output.messages"])
     assert (said["role"], said["finish_reason"]) == ("assistant", "stop")
     assert said["parts"][0]["content"].startswith("desk@v0 heard hello [redacted:email]")
+
+
+def test_a_run_that_its_client_leaves_is_told_as_far_as_it_came(
+    tmp_path: Path, orders: Orders, collector: Collector
+) -> None:
+    slow = {"engine": lambda base, settings: scripted_engine(0.02)}
+    with traced(tmp_path, orders, collector, parts=slow) as house:
+        body = {"input": "hello " * 20, "stream": True, "episode_id": "run-1"}
+        with house.http.stream("POST", "/v1/agents/desk/runs", json=body) as answer:
+            assert next(line for line in answer.iter_lines() if "turn.text.delta" in line)
+        agent, chat = collector.one("invoke_agent desk"), collector.one("chat desk")
+        sampled = len(house.episode("run-1")["turns"][0]["token_ids"])
+    assert (agent.attributes["hone.stop_reason"], agent.is_error) == ("cancelled", False)
+    assert agent.attributes["gen_ai.usage.output_tokens"] == sampled > 0
+    assert chat.parent_id == agent.span_id
+    assert (chat.attributes["error.type"], chat.is_error) == ("aborted", True)
 
 
 def test_names_that_the_model_made_up_are_no_span_names(
