@@ -10,12 +10,12 @@ in the body are the arguments `id` and `body_id`. A body that is no plain object
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from server.tools.base import ToolSpec, ToolUnavailable
+from server.tools.names import tool_name, unique
 from server.tools.schema import Schemas
 
 Place = Literal["path", "query", "header", "body"]
@@ -73,7 +73,7 @@ def read_operations(
     names: set[str] = set()
     for path, method, item, raw in _raw_operations(document, schemas):
         identity = str(raw.get("operationId") or f"{method} {path}")
-        name = _unique(_tool_name(identity), names)
+        name = unique(tool_name(identity), names)
         if allowed is not None and not {identity, name} & set(allowed):
             continue
         seen |= {identity, name}
@@ -113,19 +113,6 @@ def _raw_operations(
         for method in _METHODS:
             if isinstance(raw := item.get(method), Mapping):
                 yield path, method, item, raw
-
-
-def _tool_name(identity: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", identity).strip("_")[:64] or "operation"
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name[:60]}_{number}"
-    taken.add(unique)
-    return unique
 
 
 class _Reader:
