@@ -20,6 +20,7 @@ from server.tools.base import (
     ToolUnavailable,
     fault,
 )
+from server.tools.network import Refused
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
 from server.tools.sources import OpenApiSource, PythonSource
@@ -118,6 +119,8 @@ async def _guarded(tool: Tool, arguments: Mapping[str, Any], context: CallContex
             return await tool.call(arguments, context)
     except InvalidArguments as error:
         return fault("invalid", _detail(error))
+    except Refused as error:
+        return fault("refused", error.message)
     except asyncio.CancelledError:
         # A tool may leak a cancellation of its own; only ours has been asked of this task.
         task = asyncio.current_task()

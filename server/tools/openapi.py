@@ -1,7 +1,8 @@
 """Operations of an HTTP service as tools: fetches the document, builds requests, reads answers.
 
 Talks to one host only, follows no redirect, and reads no answer without bound. What a document
-means is `server.tools.openapi_document`; time-outs and failures are the box's.
+means is `server.tools.openapi_document`, which addresses may be connected to
+`server.tools.network`; time-outs and failures are the box's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from server.tools.base import (
     compact,
     fault,
 )
+from server.tools.network import Reach, Refused
 from server.tools.openapi_document import Operation, read_operations, server_url
 from server.tools.openapi_request import Request, build_request
 from server.tools.sources import OpenApiSource, interpolate
@@ -67,7 +69,8 @@ async def open_openapi_tools(source: OpenApiSource) -> list[OpenApiTool]:
     override = interpolate(source.base_url) if source.base_url is not None else None
     # The owner's secrets go to the service only, not to whoever publishes its document.
     shared = override is None or _origin(override) == _origin(address)
-    document = await _document(address, headers if shared else {})
+    reach = Reach.of(address, source.allow_hosts)
+    document = await _document(address, headers if shared else {}, reach)
     base_url = override or _declared_base_url(address, document)
     try:
         operations, skipped = read_operations(document, source.operations)
@@ -79,18 +82,28 @@ async def open_openapi_tools(source: OpenApiSource) -> list[OpenApiTool]:
         ) from error
     for sentence in skipped:
         _log.warning("OpenAPI document %r: %s", address, sentence)
-    service = _Service(base_url, headers)
+    # A file may be anybody's: only hosts that stand in the agent's own file are the owner's wish.
+    by_owner = override is not None or "://" in address
+    service = _Service(base_url, headers, Reach.of(base_url, source.allow_hosts, by_owner=by_owner))
     return [OpenApiTool(operation, service, source) for operation in operations]
 
 
 class _Service:
     """One host, one pool of connections."""
 
-    def __init__(self, base_url: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, base_url: str, headers: Mapping[str, str], reach: Reach) -> None:
         self._base_url = base_url.rstrip("/")
-        self._session = _session(headers)
+        self._session = _session(headers, reach)
 
     async def send(self, request: Request, trace: Mapping[str, str]) -> ToolResult:
+        try:
+            return await self._sent(request, trace)
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, Refused):
+                raise error.os_error from error
+            raise
+
+    async def _sent(self, request: Request, trace: Mapping[str, str]) -> ToolResult:
         async with self._session.request(
             request.method,
             URL(self._base_url + request.target, encoded=True),
@@ -106,11 +119,13 @@ class _Service:
         await self._session.close()
 
 
-def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+def _session(headers: Mapping[str, str], reach: Reach) -> aiohttp.ClientSession:
     """Connections that are kept, and nothing else: no cookies, proxies or time-outs of its own."""
     # Servers drop idle connections after about 5 s (uvicorn's default); to forget them earlier
     # avoids writing a request, which must not be sent twice, into a dying one.
-    connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=2.0)
+    connector = aiohttp.TCPConnector(
+        limit=_CONNECTIONS, keepalive_timeout=2.0, socket_factory=reach.socket
+    )
     return aiohttp.ClientSession(
         connector=connector,
         headers={"accept": "application/json", "accept-encoding": "identity", **headers},
@@ -159,10 +174,10 @@ def _garbage(status: int, kind: str, body: bytes) -> ToolResult:
     return fault("error", f"{described}: {start}", error=status if status >= 400 else "unreadable")
 
 
-async def _document(address: str, headers: Mapping[str, str]) -> Mapping[str, Any]:
+async def _document(address: str, headers: Mapping[str, str], reach: Reach) -> Mapping[str, Any]:
     try:
         if "://" in address:
-            raw = await _fetched(address, headers)
+            raw = await _fetched(address, headers, reach)
         else:
             raw = await asyncio.to_thread(Path(address).read_bytes)
     except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -178,10 +193,10 @@ async def _document(address: str, headers: Mapping[str, str]) -> Mapping[str, An
     return document
 
 
-async def _fetched(address: str, headers: Mapping[str, str]) -> bytes:
+async def _fetched(address: str, headers: Mapping[str, str], reach: Reach) -> bytes:
     async with (
         asyncio.timeout(30),
-        _session(headers) as session,
+        _session(headers, reach) as session,
         session.get(address, allow_redirects=False) as response,
     ):
         if response.status != 200:

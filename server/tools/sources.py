@@ -40,16 +40,22 @@ class _Source(Strict):
     max_result_chars: int = Field(4000, ge=80, description="A longer result is cut, with a note.")
 
 
-class OpenApiSource(_Source):
+class _HttpSource(_Source):
+    headers: dict[str, SecretStr] = Field(
+        default_factory=dict, description="Sent with every call, for example Authorization."
+    )
+    allow_hosts: tuple[str, ...] = Field(
+        (), description="Hosts, or host:port, that may be at an address that is not public."
+    )
+
+
+class OpenApiSource(_HttpSource):
     """The operations of an HTTP service, from its OpenAPI 3.0 or 3.1 document."""
 
     openapi: str = Field(description="URL or file of the document.")
     base_url: str | None = Field(None, description="Overrides the document's `servers`.")
     operations: tuple[str, ...] | None = Field(
         None, description="Allowed operationIds; None allows all."
-    )
-    headers: dict[str, SecretStr] = Field(
-        default_factory=dict, description="Sent with every call, for example Authorization."
     )
 
     @field_validator("openapi")
