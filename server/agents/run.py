@@ -119,7 +119,7 @@ async def run_agent(
             yield TurnSampled(draft.index, draft.parsed.content)
             for call in draft.parsed.calls:
                 yield ToolStarted(draft.index, call.id, call.name, call.arguments or {})
-            await draft.answer(agent.toolbox, run.context(draft))
+            await draft.answer(run.box, run.context(draft))
             turn = await _to_the_end(run.record(draft))
             for answered in turn.tool_calls:
                 yield ToolFinished(turn.index, answered)
@@ -182,7 +182,8 @@ class _Run:
             *([{"role": "system", "content": system}] if system is not None else []),
             *request.messages,
         ]
-        self._prompt_ids = chat.first_prompt(self._messages, agent.toolbox.definitions)
+        self.box = agent.toolbox.now()
+        self._prompt_ids = chat.first_prompt(self._messages, self.box.definitions)
         self._turns = 0
         self._prompt_tokens = 0
         self._sampled_tokens = 0
@@ -274,7 +275,7 @@ class _Run:
         if self.stop_reason is None and self._turns < self._agent.spec.limits.turns:
             self._messages += draft.messages()
             self._prompt_ids = self._chat.next_prompt(
-                turn.prompt_ids, turn.token_ids, self._messages, self._agent.toolbox.definitions
+                turn.prompt_ids, turn.token_ids, self._messages, self.box.definitions
             )
         return turn
 

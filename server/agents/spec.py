@@ -126,7 +126,8 @@ def _worded(path: Path, error: ValidationError) -> str:
         elif one["type"] == "missing":
             lines.append(f"{path}: {key}: is missing")
         else:
-            # Headers hold secrets: their values are never repeated.
-            got = "" if "headers" in one["loc"] else f" (got {str(one['input'])[:80]!r})"
+            # Headers and environments hold secrets, and so do mappings that may hold these.
+            hidden = {"headers", "env"} & set(one["loc"]) or isinstance(one["input"], Mapping)
+            got = "" if hidden else f" (got {str(one['input'])[:80]!r})"
             lines.append(f"{path}: {key}: {one['msg']}{got}")
     return "\n".join(lines)

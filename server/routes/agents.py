@@ -41,7 +41,7 @@ async def list_agents(services: ServicesOf) -> dict[str, Any]:
             "object": "agent",
             "policy": agent.spec.policy,
             "live": str(services.controller.live(agent.spec.policy)),
-            "tools": list(agent.toolbox.names),
+            "tools": list(agent.toolbox.now().names),
         }
         for name, agent in services.agents.items()
     ]

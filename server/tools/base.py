@@ -6,7 +6,7 @@ Kinds live in sibling files; the box that guards their calls is `server.tools.bo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,6 +83,19 @@ class Tool(Protocol):
 
     async def aclose(self) -> None:
         """Release what the tool holds; harmless when repeated."""
+        ...
+
+
+class Supply(Protocol):
+    """Where tools come from. What it offers may change while it is open."""
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """The same object until the offer changes."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release what it holds; harmless when repeated."""
         ...
 
 

@@ -7,6 +7,7 @@ called is in its own file; what a run does with results is the run's.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,23 @@ from server.tools.arguments import ArgumentCheck
 from server.tools.base import (
     CallContext,
     InvalidArguments,
+    Supply,
     Tool,
     ToolResult,
     ToolUnavailable,
     fault,
 )
+from server.tools.mcp import open_mcp_server
 from server.tools.network import Refused
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
-from server.tools.sources import OpenApiSource, PythonSource
+from server.tools.sources import McpSource, OpenApiSource, PythonSource
 
 _LONGEST_DETAIL = 300
 """Characters of an exception's text that the model is shown."""
+
+
+_log = logging.getLogger("hone.tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,8 @@ class ToolBox:
             name = tool.spec.name
             if name in self._entries:
                 raise ToolUnavailable(
-                    f"two tools are named {name!r}; give one another `name`, or leave it out of "
-                    "its `operations`"
+                    f"two tools are named {name!r}; give one another `name` or its source a "
+                    "`prefix`, or leave it out of its `operations` or `tools`"
                 )
             self._entries[name] = _Entry(tool, ArgumentCheck(name, tool.spec.parameters))
         self.definitions: list[dict[str, Any]] = [_definition(tool) for tool in tools]
@@ -69,24 +75,66 @@ class ToolBox:
             return fault("invalid", complaint)
         return _shown(await _guarded(entry.tool, arguments, context), entry.tool.max_result_chars)
 
+    def now(self) -> ToolBox:
+        """The box for a run that begins now. A run keeps the box that it began with."""
+        return self
+
     async def aclose(self) -> None:
         await asyncio.gather(*(entry.tool.aclose() for entry in self._entries.values()))
 
 
-async def open_toolbox(sources: Sequence[OpenApiSource | PythonSource]) -> ToolBox:
+class SuppliedToolBox(ToolBox):
+    """The tools that supplies offered at the start, and a way to those that they offer now."""
+
+    def __init__(self, supplies: Sequence[Supply]) -> None:
+        self._supplies = supplies
+        self._offer = [supply.tools for supply in supplies]
+        super().__init__([tool for tools in self._offer for tool in tools])
+        self._now: ToolBox = self
+
+    def now(self) -> ToolBox:
+        offer = [supply.tools for supply in self._supplies]
+        if any(new is not old for new, old in zip(offer, self._offer, strict=True)):
+            self._offer = offer
+            try:
+                self._now = ToolBox([tool for tools in offer for tool in tools])
+            except ToolUnavailable as error:
+                _log.warning("a changed list of tools is not taken over: %s", error)
+        return self._now
+
+    async def aclose(self) -> None:
+        await asyncio.gather(*(supply.aclose() for supply in self._supplies))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """A supply of tools that stay what they are."""
+
+    tools: Sequence[Tool]
+
+    async def aclose(self) -> None:
+        await asyncio.gather(*(tool.aclose() for tool in self.tools))
+
+
+async def open_toolbox(sources: Sequence[OpenApiSource | McpSource | PythonSource]) -> ToolBox:
     """Find every tool that `sources` declare. Raises ToolUnavailable, leaving nothing open."""
-    tools: list[Tool] = []
+    supplies: list[Supply] = []
     try:
         for source in sources:
-            if isinstance(source, OpenApiSource):
-                tools.extend(await open_openapi_tools(source))
-            else:
-                tools.append(PythonTool.from_source(source))
-        return ToolBox(tools)
+            supplies.append(await _supply(source))
+        return SuppliedToolBox(supplies)
     except BaseException:
-        for tool in tools:
-            await tool.aclose()
+        for supply in supplies:
+            await supply.aclose()
         raise
+
+
+async def _supply(source: OpenApiSource | McpSource | PythonSource) -> Supply:
+    if isinstance(source, OpenApiSource):
+        return _Fixed(await open_openapi_tools(source))
+    if isinstance(source, McpSource):
+        return await open_mcp_server(source)
+    return _Fixed([PythonTool.from_source(source)])
 
 
 def _definition(tool: Tool) -> dict[str, Any]:

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, SecretStr, Tag, ValidationInfo, field_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from feedback.spec import Strict
 from server.tools.base import ToolUnavailable
@@ -67,6 +75,55 @@ class OpenApiSource(_HttpSource):
         return str(Path(folder) / value)
 
 
+class McpSource(_HttpSource):
+    """The tools of an MCP server: one that is started here, or one that is called over HTTP."""
+
+    mcp: str | tuple[str, ...] = Field(
+        description="A command with its arguments, for stdio; or a URL, for streamable HTTP."
+    )
+    env: dict[str, SecretStr] = Field(
+        default_factory=dict,
+        description="The command's environment, besides HOME, PATH and their like.",
+    )
+    cwd: str | None = Field(None, description="The command's folder.")
+    tools: tuple[str, ...] | None = Field(None, description="Allowed tools; None allows all.")
+    prefix: str = Field(
+        "", pattern=r"^[A-Za-z0-9_-]{0,32}$", description="Put before the tools' names."
+    )
+    start_seconds: float = Field(30.0, gt=0, description="A slower start is given up.")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Empty for a server over HTTP."""
+        return () if isinstance(self.mcp, str) else self.mcp
+
+    def __str__(self) -> str:
+        """As the owner wrote it: variables are named, their values are not."""
+        return self.mcp if isinstance(self.mcp, str) else " ".join(self.mcp)
+
+    @field_validator("cwd")
+    @classmethod
+    def _is_beside_the_agents_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        folder = (info.context or {}).get("folder")
+        return value if value is None or folder is None else str(Path(folder) / value)
+
+    @model_validator(mode="after")
+    def _has_what_its_transport_takes(self) -> McpSource:
+        if isinstance(self.mcp, str):
+            if not self.mcp.startswith(("http://", "https://", "${env:")):
+                raise ValueError(
+                    f"mcp is {self.mcp!r}; expected a URL, or a command as a list: "
+                    "[npx, server, argument]"
+                )
+            if self.env or self.cwd is not None:
+                raise ValueError("env and cwd are a command's; a URL takes headers")
+        elif not self.mcp:
+            raise ValueError("mcp is an empty list; expected a command")
+        elif self.headers or self.allow_hosts:
+            raise ValueError("headers and allow_hosts are a URL's; a command takes env")
+        return self
+
+
 class PythonSource(_Source):
     """One Python function, sync or async, described by its type hints and docstring."""
 
@@ -77,17 +134,19 @@ class PythonSource(_Source):
 
 
 def _kind(value: Any) -> str | None:
-    for kind in ("openapi", "python"):
+    for kind in ("openapi", "mcp", "python"):
         if (kind in value) if isinstance(value, Mapping) else hasattr(value, kind):
             return kind
     return None
 
 
 ToolSource = Annotated[
-    Annotated[OpenApiSource, Tag("openapi")] | Annotated[PythonSource, Tag("python")],
+    Annotated[OpenApiSource, Tag("openapi")]
+    | Annotated[McpSource, Tag("mcp")]
+    | Annotated[PythonSource, Tag("python")],
     Discriminator(
         _kind,
         custom_error_type="tool_kind",
-        custom_error_message="a tool needs one of the keys 'openapi' or 'python'",
+        custom_error_message="a tool needs one of the keys 'openapi', 'mcp' or 'python'",
     ),
 ]

@@ -72,7 +72,11 @@ def test_the_policy_may_have_a_name_of_its_own() -> None:
         ("system: hi", "name: is missing"),
         ("name: Desk One", "name: String should match pattern"),
         ("name: desk\nlimits: {turns: 0}", "limits.turns: Input should be greater than"),
-        ("name: desk\ntools: [{mcp: x}]", "needs one of the keys 'openapi' or 'python'"),
+        ("name: desk\ntools: [{a2a: x}]", "one of the keys 'openapi', 'mcp' or 'python'"),
+        ("name: desk\ntools: [{mcp: npx}]", "tools.0.mcp: Value error, mcp is 'npx'; expected a"),
+        ("name: desk\ntools: [{mcp: []}]", "mcp is an empty list"),
+        ("name: desk\ntools: [{mcp: [x], headers: {a: b}}]", "headers and allow_hosts are a URL"),
+        ("name: desk\ntools: [{mcp: http://x, env: {a: b}}]", "env and cwd are a command's"),
         ("name: desk\ntools: [{python: nope}]", "tools.0.python.python: String should match"),
         ("name: desk\ntools: [{openapi: a, timeout: 3}]", "tools.0.openapi.timeout: unknown key"),
         ("name: desk\nreward: {metric: {}}", "reward.metric: unknown key"),
@@ -97,6 +101,11 @@ def test_secrets_are_neither_printed_nor_quoted_in_errors(tmp_path: Path) -> Non
         load_agent(bad)
     assert "tools.0.openapi.headers.Key" in str(caught.value)
     assert "s3cret" not in str(caught.value)
+    for keys in ("env: {A: [s3cret]}", "cwd: x, headers: {A: s3cret}"):
+        with pytest.raises(AgentFileError) as caught:
+            load_agent(write(tmp_path, f"name: a\ntools: [{{mcp: [serve], {keys}}}]"))
+        assert "tools.0.mcp" in str(caught.value)
+        assert "s3cret" not in str(caught.value)
 
 
 def test_two_files_must_not_contradict_each_other(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from server.tools.base import CallContext, ToolUnavailable
 from server.tools.box import open_toolbox
 from server.tools.network import Reach, ReachTransport, Refused, is_public
-from server.tools.sources import OpenApiSource
+from server.tools.sources import McpSource, OpenApiSource
 
 CONTEXT = CallContext(episode_id="ep_1", call_id="call_1", turn=0)
 NAME = "service.example.com"
@@ -201,6 +201,8 @@ async def test_loopback_in_disguise_is_not_reached(service: Served, host: str) -
     port, seen = service
     with pytest.raises(ToolUnavailable, match=REFUSED):
         await open_toolbox([OpenApiSource(openapi=f"http://{host}:{port}/openapi.json")])
+    with pytest.raises(ToolUnavailable, match=REFUSED):
+        await open_toolbox([McpSource(mcp=f"http://{host}:{port}/mcp")])
     assert seen == []
 
 
@@ -233,6 +235,17 @@ async def test_a_file_s_servers_and_proxies_of_the_environment_are_not_trusted(
     assert (await box.call("look", {}, CONTEXT)).status == "refused"
     await box.aclose()
     # Had the proxy been asked, it would have answered.
+    with pytest.raises(ToolUnavailable, match="cannot be resolved"):
+        await open_toolbox([McpSource(mcp="http://no-such-host.invalid/mcp")])
     with pytest.raises(ToolUnavailable, match="cannot be read"):
         await open_toolbox([OpenApiSource(openapi="http://no-such-host.invalid/openapi.json")])
     assert seen == []
+
+
+async def test_redirects_of_an_mcp_server_are_not_followed_elsewhere(
+    service: Served,
+) -> None:
+    port, seen = service
+    with pytest.raises(ToolUnavailable, match="Redirect to"):
+        await open_toolbox([McpSource(mcp=f"http://localhost:{port}/moved")])
+    assert {path for path, _ in seen} == {"/moved"}
