@@ -126,8 +126,10 @@ def _worded(path: Path, error: ValidationError) -> str:
         elif one["type"] == "missing":
             lines.append(f"{path}: {key}: is missing")
         else:
-            # Headers and environments hold secrets, and so do mappings that may hold these.
-            hidden = {"headers", "env"} & set(one["loc"]) or isinstance(one["input"], Mapping)
+            # These hold secrets, and so may any mapping around them.
+            hidden = {"headers", "env", "bind"} & set(one["loc"]) or isinstance(
+                one["input"], Mapping
+            )
             got = "" if hidden else f" (got {str(one['input'])[:80]!r})"
             lines.append(f"{path}: {key}: {one['msg']}{got}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from referencing import Registry
 
 from server.tools.base import ToolUnavailable
 
@@ -30,7 +31,8 @@ class ArgumentCheck:
                 f"tool {tool!r}: its parameters are not valid JSON Schema at {where}: "
                 f"{error.message}; correct the document, or leave the tool out"
             ) from error
-        self._validator = Draft202012Validator(schema)
+        # Without a registry of ours, a reference in a schema would be fetched from where it says.
+        self._validator = Draft202012Validator(schema, registry=Registry())
 
     def complaint(self, arguments: Mapping[str, Any]) -> str | None:
         """What is wrong with `arguments`, or None."""

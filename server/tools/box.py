@@ -26,6 +26,7 @@ from server.tools.mcp import open_mcp_server
 from server.tools.network import Refused
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
+from server.tools.rules import Rules
 from server.tools.sources import McpSource, OpenApiSource, PythonSource
 
 _LONGEST_DETAIL = 300
@@ -86,24 +87,30 @@ class ToolBox:
 class SuppliedToolBox(ToolBox):
     """The tools that supplies offered at the start, and a way to those that they offer now."""
 
-    def __init__(self, supplies: Sequence[Supply]) -> None:
+    def __init__(self, supplies: Sequence[tuple[Supply, Rules]]) -> None:
         self._supplies = supplies
-        self._offer = [supply.tools for supply in supplies]
-        super().__init__([tool for tools in self._offer for tool in tools])
+        self._offer = [supply.tools for supply, _ in supplies]
+        for tools, (_, rules) in zip(self._offer, supplies, strict=True):
+            rules.check_names(tools)
+        super().__init__(self._ruled())
         self._now: ToolBox = self
 
     def now(self) -> ToolBox:
-        offer = [supply.tools for supply in self._supplies]
+        offer = [supply.tools for supply, _ in self._supplies]
         if any(new is not old for new, old in zip(offer, self._offer, strict=True)):
             self._offer = offer
             try:
-                self._now = ToolBox([tool for tools in offer for tool in tools])
+                self._now = ToolBox(self._ruled())
             except ToolUnavailable as error:
                 _log.warning("a changed list of tools is not taken over: %s", error)
         return self._now
 
     async def aclose(self) -> None:
-        await asyncio.gather(*(supply.aclose() for supply in self._supplies))
+        await asyncio.gather(*(supply.aclose() for supply, _ in self._supplies))
+
+    def _ruled(self) -> list[Tool]:
+        pairs = zip(self._offer, self._supplies, strict=True)
+        return [tool for tools, (_, rules) in pairs for tool in rules.over(tools)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +125,14 @@ class _Fixed:
 
 async def open_toolbox(sources: Sequence[OpenApiSource | McpSource | PythonSource]) -> ToolBox:
     """Find every tool that `sources` declare. Raises ToolUnavailable, leaving nothing open."""
-    supplies: list[Supply] = []
+    supplies: list[tuple[Supply, Rules]] = []
     try:
         for source in sources:
-            supplies.append(await _supply(source))
+            rules = Rules.of(source)
+            supplies.append((await _supply(source), rules))
         return SuppliedToolBox(supplies)
     except BaseException:
-        for supply in supplies:
+        for supply, _ in supplies:
             await supply.aclose()
         raise
 

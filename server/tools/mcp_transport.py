@@ -45,7 +45,8 @@ async def open_transport(source: McpSource, ended: Callable[[str], None]) -> Asy
 async def _http(source: McpSource) -> AsyncIterator[Any]:
     url = interpolate(str(source))
     client = httpx2.AsyncClient(
-        headers=_values(source.headers),
+        # Uncompressed: what is read is bounded, what would be unpacked is not.
+        headers={"accept-encoding": "identity", **_values(source.headers)},
         transport=ReachTransport(Reach.of(url, source.allow_hosts)),
         trust_env=False,  # no proxies and no .netrc that the agent's file does not name
         # Notifications may come at any time; calls have time-outs of their own.

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
@@ -109,24 +109,35 @@ def _literal(host: str) -> Address | None:
 
 
 class ReachTransport(httpx2.AsyncHTTPTransport):
-    """Resolves each request's host itself and connects to an address that was checked."""
+    """Resolves each request's host itself and connects to an address that was checked.
 
-    def __init__(self, reach: Reach) -> None:
+    Answers are read up to `max_bytes`; streams of events have a limit on each event, the SDK's.
+    """
+
+    def __init__(self, reach: Reach, *, max_bytes: int = 16 * 2**20) -> None:
         # Servers drop idle connections after about 5 s; see `server.tools.openapi`.
         super().__init__(limits=httpx2.Limits(keepalive_expiry=2.0))
         self._reach = reach
+        self._max_bytes = max_bytes
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         failure: Exception = httpx2.ConnectError("the host resolves to no address")
         for address in await self._addresses(request):
             try:
                 self._reach.check(address)
-                return await super().handle_async_request(_pinned(request, address))
+                response = await super().handle_async_request(_pinned(request, address))
+                return self._bounded(response)
             except (Refused, httpx2.ConnectError) as error:  # nothing has been sent
                 failure = error
         if isinstance(failure, Refused):
             raise httpx2.ConnectError(failure.message) from failure
         raise failure
+
+    def _bounded(self, response: httpx2.Response) -> httpx2.Response:
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            assert isinstance(response.stream, httpx2.AsyncByteStream)  # noqa: S101 - narrows
+            response.stream = _Bounded(response.stream, self._max_bytes)
+        return response
 
     async def _addresses(self, request: httpx2.Request) -> list[str]:
         host, port = request.url.host, request.url.port
@@ -137,6 +148,25 @@ class ReachTransport(httpx2.AsyncHTTPTransport):
         except OSError as error:
             raise httpx2.ConnectError(f"{host!r} cannot be resolved: {error}") from error
         return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """A body that ends with an error rather than without end."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        read = 0
+        async for chunk in self._stream:
+            read += len(chunk)
+            if read > self._limit:
+                raise httpx2.ReadError(f"the answer has more than {self._limit} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 def _pinned(request: httpx2.Request, address: str) -> httpx2.Request:

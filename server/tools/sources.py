@@ -43,12 +43,22 @@ def interpolate(text: str) -> str:
     return _VARIABLE.sub(value, text)
 
 
-class _Source(Strict):
+class Source(Strict):
+    """What every kind of source takes."""
+
     timeout_seconds: float = Field(10.0, gt=0, description="A slower call is given up.")
     max_result_chars: int = Field(4000, ge=80, description="A longer result is cut, with a note.")
+    bind: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="By tool and argument: a value that the model neither sees nor changes.",
+    )
+    constrain: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="By tool: a JSON Schema that the model's arguments must satisfy besides.",
+    )
 
 
-class _HttpSource(_Source):
+class _HttpSource(Source):
     headers: dict[str, SecretStr] = Field(
         default_factory=dict, description="Sent with every call, for example Authorization."
     )
@@ -124,7 +134,7 @@ class McpSource(_HttpSource):
         return self
 
 
-class PythonSource(_Source):
+class PythonSource(Source):
     """One Python function, sync or async, described by its type hints and docstring."""
 
     python: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="Import path, 'module:function'.")

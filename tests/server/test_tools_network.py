@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from server.tools.arguments import ArgumentCheck
 from server.tools.base import CallContext, ToolUnavailable
 from server.tools.box import open_toolbox
 from server.tools.network import Reach, ReachTransport, Refused, is_public
@@ -240,6 +241,25 @@ async def test_a_file_s_servers_and_proxies_of_the_environment_are_not_trusted(
     with pytest.raises(ToolUnavailable, match="cannot be read"):
         await open_toolbox([OpenApiSource(openapi="http://no-such-host.invalid/openapi.json")])
     assert seen == []
+
+
+def test_a_schema_has_nothing_fetched(service: Served) -> None:
+    port, seen = service
+    remote = {"$ref": f"http://127.0.0.1:{port}/openapi.json"}
+    check = ArgumentCheck("look", {"type": "object", "unevaluatedProperties": remote})
+    with pytest.raises(Exception, match="Unresolvable"):
+        check.complaint({"a": 1})
+    assert seen == []
+
+
+async def test_an_endless_answer_is_cut_off(service: Served) -> None:
+    port, _ = service
+    url = f"http://127.0.0.1:{port}"
+    transport = ReachTransport(Reach.of(url, ()), max_bytes=1000)
+    async with httpx2.AsyncClient(transport=transport) as client:
+        assert len((await client.get(f"{url}/{'x' * 900}")).content) > 900
+        with pytest.raises(httpx2.ReadError, match="more than 1000 bytes"):
+            await client.get(f"{url}/{'x' * 1000}")
 
 
 async def test_redirects_of_an_mcp_server_are_not_followed_elsewhere(

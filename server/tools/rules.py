@@ -1,0 +1,113 @@
+"""What an owner decides over a model's head: arguments that are fixed, and limits on the others.
+
+The same for every kind of tool. A rule that cannot be kept makes the tool unavailable: one that is
+silently without effect would be worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from server.tools.arguments import ArgumentCheck
+from server.tools.base import CallContext, Tool, ToolResult, ToolUnavailable, fault
+from server.tools.sources import Source, interpolate
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of one source, by the names of its tools."""
+
+    bind: Mapping[str, Mapping[str, Any]]
+    constrain: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, source: Source) -> Rules:
+        """Raises ToolUnavailable for a variable that is not set."""
+        return cls(_filled(source.bind), source.constrain)
+
+    def check_names(self, tools: Sequence[Tool]) -> None:
+        """Raises ToolUnavailable for a rule about no tool."""
+        names = {tool.spec.name for tool in tools}
+        if missing := sorted({*self.bind, *self.constrain} - names):
+            raise ToolUnavailable(
+                f"`bind` or `constrain` names {missing!r}, which is no tool of this source; its "
+                f"tools are {sorted(names)!r}"
+            )
+
+    def over(self, tools: Iterable[Tool]) -> list[Tool]:
+        """`tools` under these rules. Raises ToolUnavailable for one that cannot be kept."""
+        return [self._over(tool) for tool in tools]
+
+    def _over(self, tool: Tool) -> Tool:
+        name = tool.spec.name
+        constants, constraint = self.bind.get(name, {}), self.constrain.get(name)
+        return RuledTool(tool, constants, constraint) if constants or constraint else tool
+
+
+class RuledTool:
+    """A tool that the model may call within its owner's rules."""
+
+    def __init__(
+        self, tool: Tool, constants: Mapping[str, Any], constraint: Mapping[str, Any] | None
+    ) -> None:
+        spec = tool.spec
+        self.spec = replace(spec, parameters=_without(spec.name, spec.parameters, constants))
+        self.timeout_seconds = tool.timeout_seconds
+        self.max_result_chars = tool.max_result_chars
+        self._tool = tool
+        self._constants = constants
+        self._constraint = ArgumentCheck(spec.name, constraint or {})
+
+    async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
+        if taken := sorted(self._constants.keys() & arguments.keys()):
+            return fault("refused", f"not yours to set: {', '.join(taken)}")
+        complaint = self._constraint.complaint(arguments)
+        if complaint is not None:
+            return fault("refused", f"not allowed: {complaint}")
+        return await self._tool.call({**arguments, **self._constants}, context)
+
+    async def aclose(self) -> None:
+        await self._tool.aclose()
+
+
+def _without(
+    tool: str, schema: Mapping[str, Any], constants: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """`schema` of the arguments that are left to the model."""
+    properties = schema.get("properties", {})
+    for name, value in constants.items():
+        if name not in properties:
+            raise ToolUnavailable(
+                f"tool {tool!r}: `bind` names the argument {name!r}, which it does not have; it "
+                f"has {sorted(properties)!r}"
+            )
+        # Not quoted: it may be a secret.
+        if ArgumentCheck(tool, {"properties": {name: properties[name]}}).complaint({name: value}):
+            raise ToolUnavailable(
+                f"tool {tool!r}: the value that `bind` gives {name!r} is not what its schema "
+                f"expects: {json.dumps(properties[name])[:300]}"
+            )
+    left = {
+        **schema,
+        "properties": {key: value for key, value in properties.items() if key not in constants},
+        "required": [name for name in schema.get("required", ()) if name not in constants],
+    }
+    others = json.dumps({k: v for k, v in left.items() if k not in ("properties", "required")})
+    if mentioned := [name for name in constants if json.dumps(name) in others]:
+        raise ToolUnavailable(
+            f"tool {tool!r}: {mentioned!r} cannot be bound, because its schema makes other "
+            "arguments depend on it; constrain it to the value with `constrain`"
+        )
+    return left
+
+
+def _filled(value: Any) -> Any:
+    """`value` with the variables in its strings."""
+    if isinstance(value, str):
+        return interpolate(value)
+    if isinstance(value, Mapping):
+        return {key: _filled(part) for key, part in value.items()}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
