@@ -1,7 +1,8 @@
 """What an owner writes under `tools:`: where tools come from, and how far they may go.
 
-Declarations only; `server.tools.box.open_toolbox` opens them. Values may name environment
-variables as `${env:NAME}`: they are read when the tool is opened, and the file never holds them.
+Declarations only; `server.tools.box.open_toolbox` opens them. Values may name secrets, as
+`${env:NAME}` or `${file:/path}`: they are read when the tool is opened, and the file never holds
+them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from pydantic import (
 from feedback.spec import Strict
 from server.tools.base import ToolUnavailable
 
-_VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_REFERENCE = re.compile(r"\$\{(?:env:([A-Za-z_][A-Za-z0-9_]*)|file:([^}]+))\}")
 
 
 def interpolate(text: str) -> str:
-    """Replace each `${env:NAME}`; raises ToolUnavailable where NAME is not set."""
+    """Replace each `${env:NAME}` and `${file:/path}`; raises ToolUnavailable for one not there."""
 
     def value(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return _content(match[2])
         found = os.environ.get(match[1])
         if found is None:
             raise ToolUnavailable(
@@ -40,7 +43,17 @@ def interpolate(text: str) -> str:
             )
         return found
 
-    return _VARIABLE.sub(value, text)
+    return _REFERENCE.sub(value, text)
+
+
+def _content(path: str) -> str:
+    """What the file holds, without the line break at its end."""
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolUnavailable(
+            f"file {path!r} cannot be read, and a tool of the agent needs it: {error}"
+        ) from error
 
 
 class Source(Strict):
@@ -80,7 +93,7 @@ class OpenApiSource(_HttpSource):
     @classmethod
     def _beside_the_agents_file(cls, value: str, info: ValidationInfo) -> str:
         folder = (info.context or {}).get("folder")
-        if folder is None or "://" in value or value.startswith("${env:"):
+        if folder is None or "://" in value or value.startswith("${"):
             return value
         return str(Path(folder) / value)
 
@@ -120,7 +133,7 @@ class McpSource(_HttpSource):
     @model_validator(mode="after")
     def _has_what_its_transport_takes(self) -> McpSource:
         if isinstance(self.mcp, str):
-            if not self.mcp.startswith(("http://", "https://", "${env:")):
+            if not self.mcp.startswith(("http://", "https://", "${")):
                 raise ValueError(
                     f"mcp is {self.mcp!r}; expected a URL, or a command as a list: "
                     "[npx, server, argument]"

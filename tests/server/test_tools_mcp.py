@@ -226,7 +226,12 @@ def test_no_server_outlives_a_killed_host(tmp_path: Path) -> None:
     host.kill()
     host.wait()
     host.stdout.close()
-    wait_until(lambda: all(map(gone, started)))
+    try:
+        wait_until(lambda: all(map(gone, started)))
+    finally:
+        for pid in started:
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 async def test_closing_ends_a_deaf_server(tmp_path: Path) -> None:

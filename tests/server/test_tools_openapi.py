@@ -272,8 +272,8 @@ async def test_bodies_that_are_no_plain_object_or_recur(box: ToolBox) -> None:
     assert await call(box, "tree", **node) == ("ok", node)
 
 
-async def test_secrets_come_from_the_environment_and_are_not_printed(
-    box: ToolBox, url: str, monkeypatch: pytest.MonkeyPatch
+async def test_secrets_come_from_the_environment_or_a_file_and_are_not_printed(
+    box: ToolBox, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await call(box, "secret") == ("ok", {"ok": True})
     source = OpenApiSource(openapi=url, headers={"Authorization": SecretStr("Bearer s3cret")})
@@ -282,6 +282,15 @@ async def test_secrets_come_from_the_environment_and_are_not_printed(
     unset = OpenApiSource(openapi=url, headers={"X": SecretStr("${env:DESK_TOKEN}")})
     with pytest.raises(ToolUnavailable, match="'DESK_TOKEN' is not set"):
         await open_toolbox([unset])
+    absent = OpenApiSource(openapi=url, headers={"X": SecretStr("${file:/no/such/file}")})
+    with pytest.raises(ToolUnavailable, match="'/no/such/file' cannot be read"):
+        await open_toolbox([absent])
+    file = tmp_path / "token"
+    file.write_text("s3cret\n")
+    headers = {"Authorization": SecretStr(f"Bearer ${{file:{file}}}")}
+    opened = await open_toolbox([OpenApiSource(openapi=f"{url}/openapi.json", headers=headers)])
+    assert await call(opened, "secret") == ("ok", {"ok": True})
+    await opened.aclose()
 
 
 async def test_calls_run_side_by_side_over_kept_connections(
