@@ -180,7 +180,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 @contextmanager
-def running(settings: Settings, parts: Parts) -> Iterator[House]:
+def running(settings: Settings, parts: Parts, start_seconds: float = 20) -> Iterator[House]:
     """Serve in a thread on a free port; errors of the start are raised here."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -191,7 +191,7 @@ def running(settings: Settings, parts: Parts) -> Iterator[House]:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
-            wait_until(lambda: server.started or not thread.is_alive(), 20)
+            wait_until(lambda: server.started or not thread.is_alive(), start_seconds)
             assert server.started, "the server did not start; its log says why"
             url = f"http://127.0.0.1:{port}"
             with httpx.Client(base_url=url, timeout=20) as http:
