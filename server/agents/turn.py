@@ -36,6 +36,10 @@ class Tools(Protocol):
         """Raises nothing but the caller's own cancellation."""
         ...
 
+    def now(self) -> Tools:
+        """What a run that begins now may call. A run keeps what it began with."""
+        ...
+
 
 class TurnDraft:
     """A turn in progress."""

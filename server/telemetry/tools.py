@@ -49,6 +49,12 @@ class TracedTools:
     def definitions(self) -> list[dict[str, Any]]:
         return self._tools.definitions
 
+    def now(self) -> TracedTools:
+        offered = self._tools.now()
+        if offered is self._tools:
+            return self
+        return TracedTools(offered, self._tracer, self._of_episode, self._content)
+
     async def call(
         self, name: str, arguments: Mapping[str, Any], context: CallContext
     ) -> ToolResult:

@@ -45,7 +45,7 @@ class McpTool:
         self.max_result_chars = source.max_result_chars
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
-        result = await self._connection.call(self._name, arguments)
+        result = await self._connection.call(self._name, arguments, context.trace)
         text = _text(result)
         return fault("error", text) if result.is_error else ToolResult("ok", text)
 

@@ -62,13 +62,19 @@ class McpConnection:
         self._task = asyncio.create_task(self._stay_connected())
         await self._opened
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> CallToolResult:
-        """Call a tool by the server's own name for it. Raises what the SDK raises."""
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any], trace: Mapping[str, str]
+    ) -> CallToolResult:
+        """Call a tool by the server's own name for it, with W3C trace context in `_meta`.
+
+        Raises what the SDK raises.
+        """
         client = self._client
         if client is None:
             raise ConnectionError(f"the tool's server is not connected ({self._fault}); try later")
         try:
-            return await client.call_tool(tool, dict(arguments))
+            meta: Any = dict(trace) or None
+            return await client.call_tool(tool, dict(arguments), meta=meta)
         except MCPError:
             # The session may be over, or the tool gone; to list the tools again tells.
             self._wake.set()

@@ -101,6 +101,12 @@ def complain(text: str, times: int) -> str:
 
 
 @server.tool(structured_output=False)
+def traced(ctx: Context) -> str:
+    """Whose trace this call belongs to."""
+    return str((ctx.request_context.meta or {}).get("traceparent"))
+
+
+@server.tool(structured_output=False)
 async def ask(ctx: Context) -> str:
     """Ask the client's user, who must not be asked."""
     answer = await ctx.elicit("Which row?", Place)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ async def test_a_server_s_tools_and_all_that_it_may_answer(
         refused = await call(box, "refuse")
         assert (refused.status, "the shelf is locked" in refused.text) == ("error", True)
         assert (await call(box, "ask")).status == "error"
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        of_a_trace = replace(CONTEXT, trace={"traceparent": trace})
+        assert (await box.call("traced", {}, of_a_trace)).text == trace
 
         seen = json.loads((await call(box, "environment")).text)
         assert (seen["key"], seen["cwd"]) == ("s3cret-key", str(tmp_path))
