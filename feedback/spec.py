@@ -6,6 +6,7 @@ The computing is elsewhere: `feedback.reward` for rewards, `trainer` for trainin
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,6 +56,43 @@ class GateSpec(Strict):
     )
 
 
+class CanarySpec(Strict):
+    """How a candidate that passed the gate is tried on real traffic before it is live."""
+
+    stages: tuple[float, ...] = Field(
+        (0.05, 0.25, 1.0), description="Its share of new episodes, step by step; 1 means live."
+    )
+    margin: float = Field(
+        0.05, gt=0, lt=1, description="Loss of mean reward, over all traffic, that must not pass."
+    )
+    alpha: float = Field(
+        0.025, gt=0, lt=0.5, description="Probability of a false rollback; of a false pass, too."
+    )
+    min_episodes: int = Field(
+        50, ge=1, description="Outcomes of the canary at a stage before the next one."
+    )
+
+    @model_validator(mode="after")
+    def _leads_up_to_live(self) -> Self:
+        rises = all(low < high for low, high in pairwise((0.0, *self.stages)))
+        if not self.stages or self.stages[-1] != 1 or not rises:
+            raise ValueError(
+                f"stages are {list(self.stages)}; expected shares that rise to 1, such as "
+                "[0.05, 0.25, 1]"
+            )
+        return self
+
+    def stage_after(self, share: float) -> float:
+        """The next share; 1 after the last one, and for a share that the stages no longer name."""
+        return next((stage for stage in self.stages if stage > share), 1.0)
+
+    def margin_before(self, share: float) -> float:
+        """The canary's loss that must be ruled out before it takes `share`: so small a part of
+        traffic may be risked on weaker evidence, such that all traffic never loses more than
+        `margin`."""
+        return min(1.0, self.margin / share)
+
+
 class TrainingSpec(Strict):
     """When and how the adapter line is trained."""
 
@@ -85,6 +123,10 @@ class TrainingSpec(Strict):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     gate: GateSpec = GateSpec()
+    canary: CanarySpec | None = Field(
+        None,
+        description="Try what passed the gate on a share of traffic first; None: live at once.",
+    )
 
     @model_validator(mode="after")
     def _caps_above_the_clip(self) -> Self:
