@@ -26,20 +26,30 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlmodel import Field, SQLModel, col
 
-from policy.release_state import Change, ReleaseEvent, ReleaseState, ReleaseStateName, fold
+from policy.release_state import (
+    Canary,
+    Change,
+    Mark,
+    ReleaseEvent,
+    ReleaseState,
+    ReleaseStateName,
+    fold,
+)
 from policy.types import AdapterRef
 
-__all__ = ["NotPromotable", "NothingToRollBack", "ReleaseConflict", "ReleaseError", "ReleaseEvent"]
-__all__ += ["ReleaseEventRow", "ReleaseState", "ReleaseStateName", "Releases"]
+__all__ = ["Canary", "NotPromotable", "NothingToRollBack", "ReleaseConflict", "ReleaseError"]
+__all__ += ["ReleaseEvent", "ReleaseEventRow", "ReleaseState", "ReleaseStateName", "Releases"]
 
-_STATES = frozenset(get_args(ReleaseStateName))
+_STATES = frozenset((*get_args(ReleaseStateName), *get_args(Mark)))
 _WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected")
 _BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
     {
         "candidate": frozenset({None}),
         "loaded": frozenset({"candidate", "loaded"}),
-        "rejected": frozenset({None, "candidate", "loaded", "retired", "rolled_back", "rejected"}),
-        "live": frozenset({"loaded", "retired", "rolled_back"}),
+        "rejected": frozenset(
+            {None, "candidate", "loaded", "canary", "retired", "rolled_back", "rejected"}
+        ),
+        "live": frozenset({"loaded", "canary", "retired", "rolled_back"}),
     }
 )
 
@@ -84,6 +94,7 @@ class ReleaseEventRow(SQLModel, table=True):
     actor: str = Field(max_length=128)
     reason: str
     figures: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    share: float | None = None
     at: float
 
 
@@ -150,12 +161,13 @@ class Releases:
         """`record` as part of the caller's transaction, which the caller commits.
 
         Raises ReleaseConflict for an event that cannot follow the version's last one, and
-        ValueError for version 0 and for the states that `promote` and `rollback` write.
+        ValueError for version 0 and for the states that other methods write.
         """
         if state not in _WRITTEN_BY_RECORD or version < 1:
             raise ValueError(
                 f"cannot record {state!r} for version {version}; expected one of "
-                f"{_WRITTEN_BY_RECORD} for version 1 or above; use promote or rollback for the rest"
+                f"{_WRITTEN_BY_RECORD} for version 1 or above; use promote or rollback "
+                "for the rest, try_out for a canary"
             )
         changes = self._locked_changes(session, policy)
         before = fold(policy, changes).states.get(version)
@@ -165,9 +177,46 @@ class Releases:
                 "follow; a live version is first replaced by promote or rollback"
             )
         self._append(
-            session, policy, len(changes), (version, state),
+            session, policy, len(changes), Change(version, state),
             actor=actor, reason=reason, figures=figures,
         )  # fmt: skip
+
+    def try_out(
+        self,
+        ref: AdapterRef,
+        share: float,
+        *,
+        actor: str,
+        reason: str,
+        figures: Mapping[str, Any] | None = None,
+        expected_live: int | None = None,
+        expected_sequence: int | None = None,
+    ) -> None:
+        """Make `ref` the canary, with `share` of new episodes, or give the canary a larger share.
+
+        Raises NotPromotable for a version that is not loaded, ReleaseConflict while another one is
+        on trial, for a share that is no growth, or if the state is not as expected (see `promote`).
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share is {share!r}; expected one between 0 and 1: promote for all")
+        with self._transaction() as session:
+            changes = self._locked_changes(session, ref.policy)
+            now = fold(ref.policy, changes)
+            _check_expected(now, expected_live, expected_sequence)
+            if now.canary is None and now.states.get(ref.version) != "loaded":
+                raise NotPromotable(
+                    f"{ref} is {now.states.get(ref.version, 'unknown')!r}; only a loaded version "
+                    "can become a canary"
+                )
+            if now.canary is not None and (now.canary.ref != ref or now.canary.share >= share):
+                raise ReleaseConflict(
+                    f"{now.canary.ref} is on trial with a share of {now.canary.share:g}; expected "
+                    f"no other, or less than {share:g}"
+                )
+            self._append(
+                session, ref.policy, len(changes), Change(ref.version, "canary", share),
+                actor=actor, reason=reason, figures=figures,
+            )  # fmt: skip
 
     def promote(
         self,
@@ -177,27 +226,31 @@ class Releases:
         reason: str,
         figures: Mapping[str, Any] | None = None,
         expected_live: int | None = None,
+        expected_sequence: int | None = None,
     ) -> None:
         """Make `ref` live and retire the version that was; a no-op if it is live already.
 
-        Takes a version that is loaded, or that was live before (a pin); version 0 always. Raises
-        NotPromotable for others, ReleaseConflict if the live version is not `expected_live`.
+        Takes a version that is loaded, on trial, or that was live before; version 0 always. Another
+        version's trial ends with it, for it was compared with what was live. Raises NotPromotable
+        for others, ReleaseConflict if the live version is not `expected_live` or anything happened
+        after event `expected_sequence`.
         """
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
-            _check_live(now, expected_live)
+            _check_expected(now, expected_live, expected_sequence)
             if now.live == ref:
                 return
             state = now.states.get(ref.version)
             if not ref.is_base and state not in _BEFORE["live"]:
                 raise NotPromotable(
-                    f"{ref} is {state or 'unknown'!r}; only a loaded version, or one that was live "
-                    "before, can become live"
+                    f"{ref} is {state or 'unknown'!r}; only a loaded version, a canary, or one "
+                    "that was live before, can become live"
                 )
+            ended = () if now.canary is None or now.canary.ref == ref else _taken_back(now)
             self._append(
                 session, ref.policy, len(changes),
-                (now.live.version, "retired"), (ref.version, "live"),
+                *ended, Change(now.live.version, "retired"), Change(ref.version, "live"),
                 actor=actor, reason=reason, figures=figures,
             )  # fmt: skip
 
@@ -207,35 +260,55 @@ class Releases:
         *,
         actor: str,
         reason: str,
+        figures: Mapping[str, Any] | None = None,
         to: int | None = None,
         expected_live: int | None = None,
+        expected_sequence: int | None = None,
     ) -> AdapterRef:
-        """Take the live version back; the one live before it, or `to`, is live again. Returns it.
+        """Take back what came into traffic last, and return what is live then.
 
-        Raises NothingToRollBack while the base model is live, ReleaseConflict if `to` was never
-        live or the live version is not `expected_live`.
+        That is the canary, if there is one: what is live stays. Else it is the live version, and
+        the one live before it, or `to`, is live again; given `to`, a canary goes too. Raises
+        NothingToRollBack while the base model is live and no canary is on trial, ReleaseConflict if
+        `to` was never live or the state is not as expected (see `promote`).
         """
         with self._transaction() as session:
             changes = self._locked_changes(session, policy)
             now = fold(policy, changes)
-            _check_live(now, expected_live)
-            if now.live.is_base:
-                raise NothingToRollBack(
-                    f"policy {policy!r} serves its base model, {now.live}; nothing is below it"
-                )
-            target = now.previous if to is None else AdapterRef(policy, to)
-            if target == now.live or not _was_live(now, target):
-                raise ReleaseConflict(
-                    f"cannot roll {now.live} back to {target}, which is "
-                    f"{now.states.get(target.version, 'unknown')!r}; expected version 0 or one "
-                    f"that was live before, such as {now.previous}"
+            _check_expected(now, expected_live, expected_sequence)
+            if now.canary is not None and to is None:
+                steps, target = _taken_back(now), now.live
+            else:
+                target = _checked_target(now, to)
+                steps = (
+                    *_taken_back(now),
+                    Change(now.live.version, "rolled_back"),
+                    Change(target.version, "live"),
                 )
             self._append(
-                session, policy, len(changes),
-                (now.live.version, "rolled_back"), (target.version, "live"),
-                actor=actor, reason=reason,
-            )  # fmt: skip
+                session, policy, len(changes), *steps, actor=actor, reason=reason, figures=figures
+            )
             return target
+
+    def pin(self, ref: AdapterRef, *, pinned: bool, actor: str, reason: str) -> None:
+        """Keep a version on disk for ever, or no longer; a no-op if that is so already.
+
+        Raises ReleaseConflict for a version without events: nothing of it is on disk.
+        """
+        with self._transaction() as session:
+            changes = self._locked_changes(session, ref.policy)
+            now = fold(ref.policy, changes)
+            if ref.version not in now.states or ref.is_base:
+                raise ReleaseConflict(
+                    f"{ref} cannot be pinned; expected one of the versions "
+                    f"{sorted(now.states.keys() - {0})}"
+                )
+            if (ref.version in now.pinned) != pinned:
+                self._append(
+                    session, ref.policy, len(changes),
+                    Change(ref.version, "pinned" if pinned else "unpinned"),
+                    actor=actor, reason=reason,
+                )  # fmt: skip
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
@@ -249,10 +322,13 @@ class Releases:
         return self._changes_in(session, policy)
 
     def _changes_in(self, session: Session, policy: str) -> list[Change]:
-        """Two plain columns: the server reads the state several times a second."""
-        columns = select(col(ReleaseEventRow.version), col(ReleaseEventRow.state))
-        rows = columns.where(self._of(policy)).order_by(col(ReleaseEventRow.sequence))
-        return [(version, _state(state)) for version, state in session.execute(rows)]
+        """Plain columns: the server reads the state several times a second."""
+        row = ReleaseEventRow
+        columns = select(col(row.version), col(row.state), col(row.share))
+        rows = columns.where(self._of(policy)).order_by(col(row.sequence))
+        return [
+            Change(version, _state(state), share) for version, state, share in session.execute(rows)
+        ]
 
     def _of(self, policy: str) -> ColumnElement[bool]:
         mine = col(ReleaseEventRow.tenant) == self._tenant
@@ -269,36 +345,62 @@ class Releases:
         figures: Mapping[str, Any] | None = None,
     ) -> None:
         at = time.time()
-        for sequence, (version, state) in enumerate(changes, start=after + 1):
+        for sequence, change in enumerate(changes, start=after + 1):
             session.add(
                 ReleaseEventRow(
                     tenant=self._tenant,
                     policy=policy,
                     sequence=sequence,
-                    version=version,
-                    state=state,
+                    version=change.version,
+                    state=change.state,
                     actor=actor,
                     reason=reason,
                     figures=dict(figures or {}),
+                    share=change.share,
                     at=at,
                 )
             )
         session.flush()
 
 
-def _check_live(now: ReleaseState, expected: int | None) -> None:
-    if expected is not None and now.live.version != expected:
+def _check_expected(now: ReleaseState, live: int | None, sequence: int | None) -> None:
+    if live is not None and now.live.version != live:
         raise ReleaseConflict(
-            f"{now.live} is live; expected {AdapterRef(now.policy, expected)}; another promotion "
+            f"{now.live} is live; expected {AdapterRef(now.policy, live)}; another promotion "
             "or rollback came first"
         )
+    if sequence is not None and now.sequence != sequence:
+        raise ReleaseConflict(
+            f"{now.policy!r} has {now.sequence} release events; expected {sequence}; somebody "
+            "else came first"
+        )
+
+
+def _taken_back(now: ReleaseState) -> tuple[Change, ...]:
+    return () if now.canary is None else (Change(now.canary.ref.version, "rolled_back"),)
+
+
+def _checked_target(now: ReleaseState, to: int | None) -> AdapterRef:
+    """Where a rollback of the live version leads."""
+    if now.live.is_base:
+        raise NothingToRollBack(
+            f"policy {now.policy!r} serves its base model, {now.live}; nothing is below it"
+        )
+    target = now.previous if to is None else AdapterRef(now.policy, to)
+    if target == now.live or not _was_live(now, target):
+        raise ReleaseConflict(
+            f"cannot roll {now.live} back to {target}, which is "
+            f"{now.states.get(target.version, 'unknown')!r}; expected version 0 or one "
+            f"that was live before, such as {now.previous}"
+        )
+    return target
 
 
 def _was_live(now: ReleaseState, ref: AdapterRef) -> bool:
     return ref.is_base or now.states.get(ref.version) in ("retired", "rolled_back")
 
 
-def _state(name: str) -> ReleaseStateName:
+def _state(name: str) -> ReleaseStateName | Mark:
     if name not in _STATES:
         raise ValueError(
             f"a release event has state {name!r}; is the database newer than this code?"
@@ -309,5 +411,5 @@ def _state(name: str) -> ReleaseStateName:
 def _event(row: ReleaseEventRow) -> ReleaseEvent:
     return ReleaseEvent(
         row.sequence, AdapterRef(row.policy, row.version), _state(row.state), row.actor, row.reason,
-        row.at, row.figures,
+        row.at, row.figures, row.share,
     )  # fmt: skip
