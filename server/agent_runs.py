@@ -129,9 +129,9 @@ async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
             code="agent_not_found",
             param="agent",
         )
-    adapter = _adapter(agent, asked.model, services)
     request = _request(name, asked)
     log_also(episode_id=request.episode_id)
+    adapter = _adapter(agent, asked.model, request, services)
     lease = await services.controller.hold(adapter)
     events = run_agent(
         agent,
@@ -152,10 +152,12 @@ def _failed(error: EngineError, episode_id: str | None) -> ApiError:
     return told
 
 
-def _adapter(agent: Agent, model: str | None, services: Services) -> AdapterRef:
+def _adapter(
+    agent: Agent, model: str | None, request: RunRequest, services: Services
+) -> AdapterRef:
     policy = agent.spec.policy
     if model is None or model == policy:
-        return services.controller.live(policy)
+        return services.routing.assigned(policy, request.task_key, request.purpose)
     ref = services.routing.pinned(model)
     if ref.policy != policy:
         raise BadRequest(

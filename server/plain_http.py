@@ -24,7 +24,7 @@ from policy.generation import Generation, generation_owner
 from server.engine_errors import in_our_shape
 from server.errors import ApiError, BadRequest, Conflict, as_api_error, error_response
 from server.middleware import replayed
-from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic
+from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, task_key_of
 from server.release_controller import ReleaseController
 from server.routing import AGENT_PREFIX, Routing
 from server.telemetry.logs import log_also
@@ -164,8 +164,8 @@ async def _record(running: RunningCall, traffic: PlainTraffic) -> None:
 
 def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Routing) -> ChatCall:
     model = body["model"]
-    route = routing.resolve(model)
     metadata = _metadata(body)
+    purpose = _purpose(metadata.get("purpose", "live"))
     episode_id = headers.get(EPISODE_HEADER) or metadata.get("episode_id")
     if episode_id is not None and not re.fullmatch(EPISODE_ID_PATTERN, episode_id):
         raise BadRequest(
@@ -174,16 +174,20 @@ def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Ro
             param="metadata.episode_id",
         )
     messages = body.get("messages") if path == CHAT_PATH else None
-    is_list = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        messages = ()
+    opening = messages or [{"prompt": body.get("prompt")}]
+    task_key = metadata.get("task_key") or task_key_of(opening)
+    route = routing.resolve(model, task_key, purpose)
     user = body.get("user")
     return ChatCall(
         caller=f"{user if isinstance(user, str) else ''}\0{model}",
         adapter=route.adapter,
         is_pinned=route.is_pinned,
-        messages=messages if is_list and messages is not None else (),
+        messages=messages,
         episode_id=episode_id,
-        task_key=metadata.get("task_key"),
-        purpose=_purpose(metadata.get("purpose", "live")),
+        task_key=task_key,
+        purpose=purpose,
         metadata={key: value for key, value in metadata.items() if key not in _OURS},
     )
 

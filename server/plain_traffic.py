@@ -53,8 +53,8 @@ class ChatCall:
     """What a new episode would take."""
     is_pinned: bool
     messages: Sequence[Mapping[str, Any]]
+    task_key: str
     episode_id: str | None = None
-    task_key: str | None = None
     purpose: Purpose = "live"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ class PlainTraffic:
         else:
             episode = self._extended_by(call, digests)
         if episode is None:
-            episode = self._opened(call, digests)
+            episode = self._opened(call)
         episode.active += 1
         episode.digests = digests
         self._open[episode.id] = self._open.pop(episode.id, episode)  # youngest last
@@ -167,14 +167,12 @@ class PlainTraffic:
             )
         )
 
-    def _opened(self, call: ChatCall, digests: tuple[str, ...]) -> OpenEpisode:
-        # The same opening is the same task, so that repeated questions share a baseline.
-        opening = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+    def _opened(self, call: ChatCall) -> OpenEpisode:
         return OpenEpisode(
             id=call.episode_id or f"ep_{secrets.token_hex(10)}",
             caller=call.caller,
             adapter=call.adapter,
-            task_key=call.task_key or f"chat/{opening}",
+            task_key=call.task_key,
             purpose=call.purpose,
             metadata=call.metadata,
             touched_at=time.monotonic(),
@@ -202,6 +200,12 @@ class PlainTraffic:
             for position, episode in enumerate(list(self._open.values())):
                 if not episode.active and (episode.touched_at < oldest or position < excess):
                     await self.end(episode, "idle")
+
+
+def task_key_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The same opening is the same task, so that repeated questions share a baseline."""
+    digests = "".join(_digest(message) for message in messages)
+    return f"chat/{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
 def _check_same(episode: OpenEpisode, call: ChatCall) -> None:

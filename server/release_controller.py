@@ -1,7 +1,8 @@
 """Makes traffic follow the release events: loads, proves, routes, drains and unloads versions.
 
-The events are written by others (the trainer, a rollback by HTTP or CLI, another process); this
-controller polls them, and is nudged by a local rollback. It never decides what deserves to be live.
+The events are written by others (the trainer, the canary's decider, a rollback by HTTP or CLI,
+another process); this controller polls them, and is nudged by a local change. It never decides what
+deserves to be live.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from policy.engine import AdapterRefused, Engine, EngineDead
 from policy.leases import Leases
 from policy.registry import AdapterInvalid, Registry, RegistryError
 from policy.releases import (
+    Canary,
     ReleaseConflict,
     ReleaseError,
     Releases,
@@ -73,6 +75,7 @@ class ReleaseController:
         self._poll_seconds = poll_seconds
         self._watcher = watcher
         self._live: dict[str, AdapterRef] = {}
+        self._canaries: dict[str, Canary] = {}
         self._kept: frozenset[AdapterRef] = frozenset()
         self._spare: frozenset[AdapterRef] = frozenset()
         self._unloading: set[AdapterRef] = set()
@@ -94,6 +97,13 @@ class ReleaseController:
     def live(self, policy: str) -> AdapterRef:
         """What a new episode of `policy` takes now: always resident. The base model by default."""
         return self._live.get(policy, AdapterRef(policy, 0))
+
+    def assigned(self, policy: str, key: str) -> AdapterRef:
+        """What a new episode of the task `key` takes: what is live, or the canary's share of it."""
+        canary = self._canaries.get(policy)
+        if canary is not None and canary.takes(key) and self._is_routable(canary.ref):
+            return canary.ref
+        return self.live(policy)
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -144,6 +154,7 @@ class ReleaseController:
     async def _settle(self, state: ReleaseState) -> ReleaseState:
         """Make one policy's traffic what its events say; returns the state after our own events."""
         state = await self._settle_live(state)
+        await self._settle_canary(state)
         for ref in (*state.candidates, *state.loaded):
             if ref not in self._engine.loaded:
                 await self._prove(ref, is_new=ref in state.candidates)
@@ -169,12 +180,35 @@ class ReleaseController:
             self._live[state.policy] = state.live
         return state
 
+    async def _settle_canary(self, state: ReleaseState) -> None:
+        canary = state.canary
+        if canary is None:
+            self._canaries.pop(state.policy, None)
+            return
+        if not self._is_routable(canary.ref):
+            try:
+                await self._load(canary.ref)
+            except NoRoom:
+                logger.warning("%s is the canary, but no adapter slot is free yet", canary.ref)
+                return
+            except AdapterRefused as error:
+                if isinstance(error.__cause__, AdapterInvalid):
+                    raise  # as above
+                logger.error("%s cannot be served and is rejected: %s", canary.ref, error)
+                await self._record(canary.ref, "rejected", str(error), {})
+                return
+        if self._canaries.get(state.policy) != canary:
+            logger.info("%s takes %.3g %% of new episodes", canary.ref, 100 * canary.share)
+            self._canaries[state.policy] = canary
+
     def _take_back(self, state: ReleaseState, reason: str) -> ReleaseState:
         """A live version that cannot be served: back to the one before it, with the reason."""
-        policy, version = state.policy, state.live.version
+        policy, version, before = state.policy, state.live.version, state.previous.version
         logger.error("%s cannot be served and is rolled back: %s", state.live, reason)
         with contextlib.suppress(ReleaseConflict):
-            self._releases.rollback(policy, actor=ACTOR, reason=reason, expected_live=version)
+            self._releases.rollback(
+                policy, actor=ACTOR, reason=reason, to=before, expected_live=version
+            )
             self._releases.record(policy, version, "rejected", actor=ACTOR, reason=reason)
         return self._releases.state(policy)
 
@@ -280,7 +314,8 @@ class ReleaseController:
 
 
 def _kept(state: ReleaseState) -> Iterable[AdapterRef]:
-    return (state.live, *state.candidates, *state.loaded)
+    on_trial = () if state.canary is None else (state.canary.ref,)
+    return (state.live, *on_trial, *state.candidates, *state.loaded)
 
 
 def _figures(report: ProbeReport) -> dict[str, float]:

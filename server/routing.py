@@ -1,4 +1,5 @@
-"""What a model name means: the base model, a policy's live version, a pinned version, or an agent.
+"""What a model name means: the base model, a policy's live version or its canary, a pinned version,
+or an agent.
 
 Names are resolved once, when an episode begins; the release controller says what is live.
 """
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from feedback.types import Purpose
 from policy.types import AdapterRef
 from server.errors import BadRequest, NotFound
 
@@ -30,6 +32,7 @@ class Live(Protocol):
     @property
     def resident(self) -> frozenset[AdapterRef]: ...
     def live(self, policy: str) -> AdapterRef: ...
+    def assigned(self, policy: str, key: str) -> AdapterRef: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +75,24 @@ class Routing:
         """Every policy that an agent has or that has a release."""
         return tuple(sorted({*self._agents.values(), *self._live.policies}))
 
-    def resolve(self, model: str) -> Route:
-        """The adapter of a new plain episode.
+    def assigned(self, policy: str, key: str, purpose: Purpose) -> AdapterRef:
+        """The adapter of a new episode of the task `key`, which names no version.
+
+        Held-out tasks compare versions that they name: what names none is measured on what is live.
+        """
+        if purpose == "evaluation":
+            return self._live.live(policy)
+        return self._live.assigned(policy, key)
+
+    def resolve(self, model: str, key: str, purpose: Purpose) -> Route:
+        """The adapter of a new plain episode of the task `key`.
 
         Raises NotFound for an unknown name, BadRequest for an agent's that is no policy's.
         """
         if model in (self._base_name, BASE_POLICY):
             return Route(AdapterRef(BASE_POLICY, 0), is_pinned=True)
         if model in self.policies:
-            return Route(self._live.live(model), is_pinned=False)
+            return Route(self.assigned(model, key, purpose), is_pinned=False)
         if "@" in model:
             return Route(self.pinned(model), is_pinned=True)
         if model.removeprefix(AGENT_PREFIX) in self._agents:
