@@ -14,13 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from feedback.sequential import Bools, Floats, Outcomes, capitals, first_at
+from feedback.sequential import Floats, Outcomes, Places, capitals
 from feedback.spec import CanarySpec
 
 EPISODES = 24_000
 """Most episodes of one release; every one is decided long before."""
-BATCH = 50
-"""Releases simulated together: a few hundred MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,8 @@ class Found:
 def simulate(kind: Simulated, spec: CanarySpec) -> Found:
     """Take releases through all stages, looking after each outcome."""
     draw = np.random.default_rng(kind.seed)
-    done = np.concatenate(
-        [_batch(kind, spec, draw) for _ in range(math.ceil(kind.releases / BATCH))]
-    )
-    outcome, at, tried = done[: kind.releases].T
+    releases = [_release(kind, spec, draw) for _ in range(kind.releases)]
+    outcome, at, tried = np.array(releases, np.float64).T
     return Found(
         rolled_back=float((outcome < 0).mean()),
         promoted=float((outcome > 0).mean()),
@@ -64,15 +60,13 @@ def simulate(kind: Simulated, spec: CanarySpec) -> Found:
     )
 
 
-def _batch(kind: Simulated, spec: CanarySpec, draw: np.random.Generator) -> Floats:
-    """(-1 rolled back, 0 undecided or 1 promoted; episodes; the canary's) of each release."""
-    places, luck = draw.random((BATCH, EPISODES)), draw.random((BATCH, EPISODES))
-    index = np.arange(EPISODES)
-    outcome, at = np.zeros(BATCH), np.full(BATCH, EPISODES)
-    begins = np.zeros((BATCH, 1), np.intp)
-    shares = np.zeros((BATCH, EPISODES))
+def _release(kind: Simulated, spec: CanarySpec, draw: np.random.Generator) -> tuple[int, int, int]:
+    """-1 rolled back, 0 undecided or 1 promoted; after how many episodes, and the canary's."""
+    places, luck = draw.random(EPISODES), draw.random(EPISODES)
+    shares = np.zeros(EPISODES)
+    begins = 0
     for share, after in pairwise(spec.stages):
-        shares = np.where(index >= begins, share, shares)
+        shares[begins:] = share
         is_canary = places < shares
         values = (luck < np.where(is_canary, kind.canary, kind.live)).astype(float)
         found = capitals(
@@ -80,31 +74,27 @@ def _batch(kind: Simulated, spec: CanarySpec, draw: np.random.Generator) -> Floa
             target=spec.margin,
             margin=spec.margin_before(after),
         )
-        enough = math.log(1 / spec.alpha)
-        worse = first_at(found.worse, enough)
-        seen = np.cumsum(is_canary & (index >= begins), axis=-1)
-        fine = np.maximum(
-            first_at(found.fine, enough), first_at(seen.astype(float), spec.min_episodes)
-        )
-        open_ = outcome == 0
-        ended = open_ & (worse < EPISODES) & (worse <= fine)
-        passed = open_ & ~ended & (fine < EPISODES)
-        outcome[ended] = -1
-        at[ended] = worse[ended] + 1
-        if after == 1:
-            outcome[passed] = 1
-            at[passed] = fine[passed] + 1
-        begins = np.where(passed, fine + 1, EPISODES)[:, None]
-    return np.stack([outcome, at, _counted(is_canary, at)], axis=1)
+        worse = _crossed(found.worse, found.known_at, spec.alpha)
+        tried = np.flatnonzero(is_canary[begins:])[spec.min_episodes - 1 :] + begins
+        enough = int(tried[0]) if len(tried) else EPISODES
+        fine = max(_crossed(found.fine, found.known_at, spec.alpha), enough)
+        if worse <= fine and worse < EPISODES:
+            return -1, worse + 1, int(is_canary[: worse + 1].sum())
+        if fine == EPISODES:
+            return 0, EPISODES, int(is_canary.sum())
+        begins = fine + 1
+    return 1, begins, int(is_canary[:begins].sum())
 
 
-def _counted(is_canary: Bools, at: np.ndarray[tuple[int], np.dtype[np.intp]]) -> Floats:
-    return np.array([row[:end].sum() for row, end in zip(is_canary, at, strict=True)], np.float64)
+def _crossed(log_capital: Floats, known_at: Places, alpha: float) -> int:
+    """The place of the outcome that was enough; EPISODES if none was."""
+    places = known_at[log_capital >= math.log(1 / alpha)]
+    return int(places[0]) if len(places) else EPISODES
 
 
 def kinds() -> Iterator[Simulated]:
     for live in (0.5, 0.7, 0.9, 0.97):
-        for change in (0.0, -0.05, -0.1, -0.3, 0.03):
+        for change in (0.0, -0.05, -0.1, -0.3, -live, 0.03):
             yield Simulated(live, live + change)
 
 

@@ -1,9 +1,9 @@
 """Is a new version worse than the one it would replace? A test that may be looked at at any time.
 
-Two arms of bounded outcomes, compared by betting (Waudby-Smith and Ramdas 2024, "Estimating means
-of bounded random variables by betting"): a capital that cannot be expected to grow while a
-hypothesis holds refutes it by growing. Pure functions of arrays; what is done about it, and where
-the outcomes come from, is the caller's. Formulas and measured power are in `docs/algorithms.md`.
+Outcomes of both arms are matched to differences, and bets are laid on these (Waudby-Smith and
+Ramdas 2024, "Estimating means of bounded random variables by betting"): a capital that cannot be
+expected to grow while a hypothesis holds refutes it by growing. Pure functions of arrays; what is
+done about it, and where outcomes come from, is the caller's. `docs/algorithms.md` has the power.
 """
 
 from __future__ import annotations
@@ -16,32 +16,39 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.intp]
 
 _PRIOR = 10.0
-"""Weight, in outcomes, of the first guess: a mean of 1/2, a variance of 1/4."""
-_STAKE = 0.75
-"""Largest part of the capital that one outcome can cost: below 1, so that none is the last."""
+"""Weight, in differences, of the first guess at a mean of theirs."""
+_GUESS = 0.25
+"""The variance of a coin."""
+_STAKE = 0.5
+"""Largest part of the capital that one difference can cost: below 1, so that none is the last."""
+_MOST = 50.0
+"""Log capital beyond which nothing is added to what is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """Outcomes of both arms in the order in which they became known; all arrays are [..., N]."""
+    """Outcomes of both arms, [N], in the order in which they became known."""
 
     values: Floats
     """In [0, 1]."""
     is_canary: Bools
     shares: Floats
-    """The probability, in (0, 1), with which each was given to the canary."""
+    """The canary's share of traffic, in (0, 1), when each began; it changes at each stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capitals:
-    """Log capitals after each outcome, [..., N]. Each starts at 0."""
+    """Log capitals after each difference, [M]; they start at 0."""
 
     worse: Floats
     """Against "the canary is as good or better": grows while the canary is worse."""
     fine: Floats
     """Against "the canary is worse by `margin` or more": grows while it is not."""
+    known_at: Places
+    """The place in the outcomes at which each difference was known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class Verdict:
 
 
 def judge(outcomes: Outcomes, *, target: float, margin: float, alpha: float) -> Verdict:
-    """The verdict on one canary, arrays [N], at error probability `alpha` for each of two claims.
+    """The verdict on one canary at error probability `alpha` for each of its two claims.
 
     `target` is the loss of mean that the bets on "worse" are sized for; larger and smaller ones are
     found too, only later than they could be. Whatever the number of looks, an equal canary is
@@ -71,44 +78,55 @@ def judge(outcomes: Outcomes, *, target: float, margin: float, alpha: float) -> 
 
 
 def capitals(outcomes: Outcomes, *, target: float, margin: float) -> Capitals:
-    """Both capitals of every canary in the batch.
+    """Both capitals: prod(1 - l d) and prod(1 + l' (d + margin)) over the differences d.
 
-    With share s, centre c (the mean of what came before, of both arms) and outcome x, the term
-
-        z = (x - c) / s  if it is the canary's,  -(x - c) / (1 - s)  if it is the live version's
-
-    has the mean "canary minus live", whatever c is. The capitals are prod(1 - l z) and
-    prod(1 + l' (z + margin)); the bets l and l' are fixed before x and its arm are known.
+    The bets are fixed before d is known, by the differences before it: l = loss / mean(d^2) and
+    l' = margin / mean((d + margin)^2), the best ones if the mean of d is -loss, and if it is 0. The
+    loss is `target`, or what is already plain if that is more, so that a collapse is seen at once.
+    No d in [-1, 1] costs more than `_STAKE` of a capital.
     """
-    x, s = outcomes.values, outcomes.shares
-    center = _before(x, 0.5)
-    variance = _before((x - center) ** 2, 0.25) / (s * (1 - s))
-    z = (x - center) * np.where(outcomes.is_canary, 1 / s, -1 / (1 - s))
-    highest = np.maximum((1 - center) / s, center / (1 - s))
-    lowest = np.maximum(center / s, (1 - center) / (1 - s)) - margin
-    on_worse = np.minimum(target / (variance + target**2), _STAKE / highest)
-    on_fine = np.minimum(margin / (variance + margin**2), _STAKE / np.maximum(lowest, _STAKE))
+    d, known_at = differences(outcomes)
+    square = _mean_before(d**2, _GUESS)
+    error = np.sqrt(square / (np.arange(len(d)) + _PRIOR))
+    loss = np.maximum(target, -_mean_before(d, 0.0) - error)
+    on_worse = np.minimum(loss / square, _STAKE)
+    highest = _STAKE / max(1 - margin, _STAKE)
+    on_fine = np.minimum(margin / _mean_before((d + margin) ** 2, _GUESS), highest)
     return Capitals(
-        worse=np.cumsum(np.log1p(-on_worse * z), axis=-1),
-        fine=np.cumsum(np.log1p(on_fine * (z + margin)), axis=-1),
+        worse=np.cumsum(np.log1p(-on_worse * d)),
+        fine=np.cumsum(np.log1p(on_fine * (d + margin))),
+        known_at=known_at,
     )
 
 
-def first_at(log_capital: Floats, enough: float) -> npt.NDArray[np.intp]:
-    """The place of the first value that is `enough`, [...]; N if there is none."""
-    reached = log_capital >= enough
-    length = log_capital.shape[-1]
-    if not length:
-        return np.zeros(log_capital.shape[:-1], np.intp)
-    return np.where(reached.any(axis=-1), reached.argmax(axis=-1), length)
+def differences(outcomes: Outcomes) -> tuple[Floats, Places]:
+    """Canary minus live, in [-1, 1], of outcomes matched in order, and when each was known.
+
+    At a share of 1/4, the canary's first outcome is matched with the live version's first three,
+    and so on, each stage by itself. So nothing follows from who answered how many, which may be due
+    to a slow version or a missing adapter, and both sides of a difference are of about one time.
+    """
+    found, places = [np.zeros(0)], [np.zeros(0, np.intp)]
+    for share in np.unique(outcomes.shares).tolist():
+        here = outcomes.shares == share
+        theirs = np.flatnonzero(here & outcomes.is_canary)
+        live = np.flatnonzero(here & ~outcomes.is_canary)
+        few, many = max(1, round(share / (1 - share))), max(1, round((1 - share) / share))
+        n = min(len(theirs) // few, len(live) // many)
+        theirs, live = theirs[: n * few].reshape(n, few), live[: n * many].reshape(n, many)
+        found.append(outcomes.values[theirs].mean(axis=1) - outcomes.values[live].mean(axis=1))
+        places.append(np.maximum(theirs[:, -1], live[:, -1]))
+    known_at = np.concatenate(places)
+    order = np.argsort(known_at)
+    return np.concatenate(found)[order], known_at[order]
 
 
-def _before(values: Floats, guess: float) -> Floats:
+def _mean_before(values: Floats, guess: float) -> Floats:
     """The mean of the values before each place, with the first guess as `_PRIOR` of them."""
-    summed = np.cumsum(values, axis=-1) - values + _PRIOR * guess
-    return summed / (np.arange(values.shape[-1]) + _PRIOR)
+    summed = np.cumsum(values) - values + _PRIOR * guess
+    means: Floats = summed / (np.arange(len(values)) + _PRIOR)
+    return means
 
 
 def _evidence(log_capital: Floats, alpha: float) -> float:
-    highest = float(log_capital.max(initial=0.0))
-    return alpha * math.exp(min(highest, 50.0))
+    return alpha * math.exp(min(float(log_capital.max(initial=0.0)), _MOST))

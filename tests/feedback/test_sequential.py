@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.canary import Simulated, simulate
-from feedback.sequential import Outcomes, capitals, first_at, judge
+from feedback.sequential import Outcomes, capitals, differences, judge
 from feedback.spec import CanarySpec
 
 
@@ -16,34 +16,54 @@ def outcomes(values: list[float], arms: list[int], share: float = 0.5) -> Outcom
     return Outcomes(np.array(values), np.array(arms) == 1, np.full(len(values), share))
 
 
+def test_outcomes_are_matched_in_order_stage_by_stage() -> None:
+    arms = [1, 0, 0, 0, 0, 1, 1, 0, 1, 0]
+    values = [1.0, 0.0, 1.0, 1.0, 0.5, 0.0, 0.25, 0.5, 1.0, 0.75]
+    shares = [0.25] * 5 + [0.5, 0.25, 0.25, 0.5, 0.5]
+    found, known_at = differences(Outcomes(np.array(values), np.array(arms) == 1, np.array(shares)))
+    # At 1/4: 1 against (0 + 1 + 1) / 3, known with the third. Of the next block one is missing.
+    # At 1/2: the outcome at place 5 against that at place 9; the canary's next one waits.
+    assert known_at.tolist() == [3, 9]
+    assert found == pytest.approx([1 - 2 / 3, 0.0 - 0.75])
+    mostly = Outcomes(np.array([1.0, 0.0, 1.0, 0.5]), np.array([1, 1, 1, 0]) == 1, np.full(4, 0.75))
+    assert differences(mostly)[0] == pytest.approx([2 / 3 - 0.5])
+
+
 def test_the_capitals_are_what_the_formula_says() -> None:
-    # Before anything is known the centre is 1/2 and z has the variance 0.25 / (0.5 * 0.5) = 1.
-    found = capitals(outcomes([0.0, 1.0], [1, 0]), target=0.1, margin=0.2)
-    on_worse, on_fine = 0.1 / 1.01, 0.2 / 1.04
-    first = -0.5 / 0.5
-    assert found.worse[0] == pytest.approx(math.log(1 - on_worse * first))
-    assert found.fine[0] == pytest.approx(math.log(1 + on_fine * (first + 0.2)))
-    # Then the centre is (0 + 10/2) / 11 and the variance (0.25 + 10/4) / 11 / 0.25 = 1.
-    second = -(1 - 5 / 11) / 0.5
-    assert found.worse[1] - found.worse[0] == pytest.approx(math.log(1 - on_worse * second))
-    assert found.fine[1] - found.fine[0] == pytest.approx(math.log(1 + on_fine * (second + 0.2)))
+    found = capitals(outcomes([0.0, 1.0, 0.5, 0.0], [1, 0, 1, 0]), target=0.1, margin=0.2)
+    # d is -1, then 0.5. Before anything is known its mean square is 0.25, and so is (d + margin)'s.
+    worse, fine = math.log(1 + 0.4), math.log(1 - 0.5 / 0.8 * 0.8)
+    assert found.worse[0] == pytest.approx(worse), "bet 0.1 / 0.25"
+    assert found.fine[0] == pytest.approx(fine), "bet 0.2 / 0.25, bounded: half is staked"
+    square = (10 * 0.25 + 1) / 11
+    assert -(-1 / 11) - math.sqrt(square / 11) < 0.1, "no loss is plain yet"
+    assert found.worse[1] - worse == pytest.approx(math.log(1 - 0.1 / square * 0.5))
+    square = (10 * 0.25 + 0.8**2) / 11
+    assert found.fine[1] - fine == pytest.approx(math.log(1 + min(0.2 / square, 0.625) * 0.7))
+
+
+def test_a_collapse_is_seen_after_a_few_of_the_canarys_episodes() -> None:
+    collapsed = outcomes([0.0, 1.0] * 16, [1, 0] * 16)
+    assert judge(collapsed, target=0.05, margin=0.2, alpha=0.025).worse
 
 
 def test_no_outcome_whatever_ends_a_capital() -> None:
-    """Worst cases: every outcome against the bet, at the smallest share, after a sure thing."""
-    for share in (0.01, 0.5, 0.99):
+    """Worst cases: every difference against the bet, after a sure thing."""
+    for margin in (0.001, 0.05, 1.0):
         for arm in (0, 1):
-            values = [float(arm)] * 200 + [1.0 - arm] * 200
-            found = capitals(outcomes(values, [arm] * 400, share), target=0.05, margin=0.05)
+            values = [0.5] * 200 + [float(arm), 1.0 - arm] * 200
+            found = capitals(outcomes(values, [1, 0] * 300), target=0.05, margin=margin)
             assert np.isfinite(found.worse).all()
             assert np.isfinite(found.fine).all()
 
 
-def test_nothing_known_says_nothing() -> None:
-    verdict = judge(outcomes([], []), target=0.05, margin=0.05, alpha=0.05)
-    assert (verdict.worse, verdict.fine) == (False, False)
-    assert (verdict.worse_evidence, verdict.fine_evidence) == (0.05, 0.05)
-    assert first_at(np.zeros((3, 0)), 1.0).tolist() == [0, 0, 0]
+def test_nothing_follows_from_how_many_each_answered() -> None:
+    """A canary without an adapter, say, while the live version's success rises."""
+    values = [0.0] * 50 + [1.0] * 500
+    for arm in (0, 1):
+        verdict = judge(outcomes(values, [arm] * 550), target=0.05, margin=0.05, alpha=0.05)
+        assert (verdict.worse, verdict.fine) == (False, False)
+        assert (verdict.worse_evidence, verdict.fine_evidence) == (0.05, 0.05)
 
 
 @pytest.mark.parametrize(("canary", "worse", "fine"), [(0.2, True, False), (0.9, False, True)])
@@ -57,18 +77,18 @@ def test_a_clear_case_is_decided(canary: float, worse: bool, fine: bool) -> None
 
 
 def test_a_drift_of_both_arms_and_of_the_share_is_no_difference() -> None:
-    """Success falls from 0.9 to 0.3 while the share grows: plain means would differ by 0.2."""
+    """Success falls from 0.9 to 0.3 while the share grows: plain means differ by 0.1 and more."""
     draw = np.random.default_rng(5)
     shares = np.repeat([0.05, 0.5], 5000)
-    success = np.repeat([0.9, 0.3], 5000)
+    success = np.linspace(0.9, 0.3, 10_000)
     false_alarms = 0
     for _ in range(40):
         is_canary = draw.random(10_000) < shares
         values = (draw.random(10_000) < success).astype(float)
-        assert values[is_canary].mean() < values[~is_canary].mean() - 0.15
+        assert values[is_canary].mean() < values[~is_canary].mean() - 0.1
         found = judge(Outcomes(values, is_canary, shares), target=0.05, margin=0.05, alpha=0.025)
         false_alarms += found.worse
-    assert false_alarms <= 5  # of 40 at alpha = 0.025, six or more have a probability below 1e-3
+    assert false_alarms <= 5  # of 40 at alpha = 0.025: six or more have a probability below 1e-3
 
 
 @pytest.mark.parametrize("success", [0.5, 0.9])
