@@ -1,23 +1,25 @@
 """The durable record, as one object: each method is one committed transaction.
 
-A thin face over `feedback.episodes`, `feedback.events`, `feedback.readiness` and `feedback.claims`,
-which hold the SQL. Calls block on the disk: in asyncio use `feedback.log`, or a thread.
+A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.readiness`
+and `feedback.claims`, which hold the SQL. Calls block on the disk: in asyncio use `feedback.log`,
+or a thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Engine
 from sqlmodel import Session
 
-from feedback import claims, episodes, events
+from feedback import claims, episodes, events, outcomes
 from feedback import readiness as ready
 from feedback.database import open_database, writing
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
+from feedback.outcomes import Outcome
 from feedback.spec import LearningSpec
 from feedback.training import Claim, Readiness, RewardedEpisode, TrainingRun
 from feedback.types import Episode, FeedbackEvent, Purpose, Turn
@@ -99,6 +101,21 @@ class Store:
         key = (tenant, episode_id)
         with self.database.connect() as connection:
             return events.of_episodes(connection, [key]).get(key, [])
+
+    # Comparing versions
+
+    def outcomes(
+        self,
+        spec: LearningSpec,
+        versions: Collection[int],
+        *,
+        since: float,
+        now: float | None = None,
+    ) -> list[Outcome]:
+        """The matured rewards of these versions' episodes, in the order they became known."""
+        self._settle(spec)
+        with self.database.connect() as connection:
+            return outcomes.known(connection, spec.policy, versions, since=since, now=_or_now(now))
 
     # Training
 

@@ -30,6 +30,7 @@ from policy.releases import Releases
 from server.agent_chat import agent_chat
 from server.agents.run import Agent
 from server.agents.spec import load_agents
+from server.canary import CanaryDecider
 from server.errors import install_error_handlers
 from server.middleware import BearerKey, BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, SampledReply, collect
@@ -173,6 +174,10 @@ async def _start(
     await controller.start()
     stack.push_async_callback(controller.stop)
 
+    decider = CanaryDecider(releases, store, {s.policy: s.learning for s in specs.values()})
+    decider.start()
+    stack.push_async_callback(decider.stop)
+
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
     routing = Routing(base_name, {a.name: a.policy for a in specs.values()}, controller)
     plain = PlainTraffic(
@@ -206,6 +211,7 @@ async def _start(
         releases=releases,
         leases=leases,
         controller=controller,
+        decider=decider,
         routing=routing,
         plain=plain,
         agents=served,

@@ -107,10 +107,42 @@ def rollback(
     config: ConfigFlag = None,
     url: UrlFlag = None,
 ) -> None:
-    """Take the live version of POLICY back; new episodes take the earlier one at once."""
+    """Take the canary of POLICY back, or else its live version; new episodes follow at once."""
     body = {"reason": reason, **({} if to is None else {"to": to})}
     done = _client(config, url).post(f"/v1/policies/{policy}/rollback", body)
     _print(f"[bold]{done['from']}[/] is rolled back; [bold green]{done['live']}[/] is live")
+
+
+@app.command()
+def promote(
+    policy: str,
+    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "asked at the terminal",
+    version: Annotated[
+        int | None, typer.Option(help="Default: the canary, else the newest proven candidate.")
+    ] = None,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Make a version of POLICY live by hand, past its trial; new episodes take it at once."""
+    body = {"reason": reason, **({} if version is None else {"version": version})}
+    done = _client(config, url).post(f"/v1/policies/{policy}/promote", body)
+    _print(f"[bold green]{done['live']}[/] is live; it was [bold]{done['from']}[/]")
+
+
+@app.command()
+def pin(
+    policy: str,
+    version: int,
+    *,
+    off: Annotated[bool, typer.Option("--off", help="Keep it no longer.")] = False,
+    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "asked at the terminal",
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Keep a version of POLICY on disk, whatever becomes of it. It moves no traffic."""
+    body = {"version": version, "reason": reason, "pinned": not off}
+    done = _client(config, url).post(f"/v1/policies/{policy}/pin", body)
+    _print(f"[bold]{done['id']}[/] is {'pinned' if done['pinned'] else 'pinned no longer'}")
 
 
 @app.command()

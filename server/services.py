@@ -18,6 +18,7 @@ from policy.leases import Leases
 from policy.registry import Registry
 from policy.releases import Releases
 from server.agents.run import Agent
+from server.canary import CanaryDecider
 from server.errors import Unavailable
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
@@ -45,6 +46,7 @@ class Services:
     releases: Releases
     leases: Leases
     controller: ReleaseController
+    decider: CanaryDecider
     routing: Routing
     plain: PlainTraffic
     agents: Mapping[str, Agent]

@@ -19,6 +19,7 @@ _COLOURS = {
     "live": "green",
     "loaded": "cyan",
     "candidate": "yellow",
+    "canary": "magenta",
     "rejected": "red",
     "rolled_back": "red",
     "retired": "dim",
@@ -46,7 +47,7 @@ def releases_view(policy: Json) -> Group:
     for version in policy["versions"]:
         versions.add_row(
             version["id"],
-            _state(version["state"]),
+            _state(version["state"]) + (" pinned" if version["pinned"] else ""),
             version.get("parent") or "-",
             _ago(version.get("created_at")),
             _figures(version.get("metrics", {})),
@@ -56,13 +57,21 @@ def releases_view(policy: Json) -> Group:
         events.add_row(
             _ago(event["at"]),
             f"v{event['version']}",
-            _state(event["state"]),
+            _state(event["state"]) + ("" if event["share"] is None else f" {event['share']:.3g}"),
             escape(event["actor"]),
             escape(event["reason"]),
         )
     back = policy["rollback_to"]
     hint = f"hone rollback {policy['id']}  would lead to {back}" if back else "nothing to roll back"
-    return Group(Text(f"live: {policy['live']}", style="bold"), versions, events, Text(hint))
+    live = Text(f"live: {policy['live']}", style="bold")
+    return Group(live, *_canary(policy["canary"]), versions, events, Text(hint))
+
+
+def _canary(canary: Json | None) -> list[Text]:
+    if canary is None:
+        return []
+    text = f"canary: {canary['id']} on {canary['share']:.3g} of new episodes: {canary['why']}"
+    return [Text(text, style="magenta")]
 
 
 def episodes_view(episodes: Sequence[Json]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""`/v1/policies`: the versions of an adapter line, whence they came, which is live; rollback."""
+"""`/v1/policies`: an adapter line's versions, what is live or on trial; promote, rollback, pin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from policy.releases import NothingToRollBack, ReleaseConflict, ReleaseEvent, ReleaseState
+from policy.releases import (
+    Canary,
+    NothingToRollBack,
+    NotPromotable,
+    ReleaseConflict,
+    ReleaseEvent,
+    ReleaseState,
+)
 from policy.types import Adapter, AdapterRef
 from server.errors import Conflict, NotFound
 from server.services import Services, ServicesOf
@@ -24,6 +31,25 @@ class RollbackIn(BaseModel):
 
     reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
     to: int | None = Field(None, ge=0, le=10**9, strict=True)
+
+
+class PromoteIn(BaseModel):
+    """Why, and which version: by default the canary, else the newest proven candidate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
+    version: int | None = Field(None, ge=0, le=10**9, strict=True)
+
+
+class PinIn(BaseModel):
+    """Why, which version, and whether to keep it or no longer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
+    version: int = Field(ge=1, le=10**9, strict=True)
+    pinned: bool = True
 
 
 @router.get("")
@@ -45,7 +71,8 @@ async def get_policy(policy: str, services: ServicesOf) -> dict[str, Any]:
         "id": policy,
         "object": "policy",
         "live": str(services.controller.live(policy)),
-        "rollback_to": None if state.live.is_base else str(state.previous),
+        "canary": None if state.canary is None else _canary(state.canary, services),
+        "rollback_to": _rollback_to(state),
         "versions": _versions(policy, state, adapters, services),
         "events": [_event(event) for event in events],
     }
@@ -55,7 +82,7 @@ async def get_policy(policy: str, services: ServicesOf) -> dict[str, Any]:
 async def rollback(
     policy: str, services: ServicesOf, body: RollbackIn | None = None
 ) -> dict[str, Any]:
-    """Take the live version back; new episodes take the earlier one when this answers."""
+    """Take the canary back, or else the live version: no new episode has it when this answers."""
     _check_known(policy, services)
     asked = body or RollbackIn()
     before = await asyncio.to_thread(services.releases.state, policy)
@@ -66,12 +93,86 @@ async def rollback(
     except (NothingToRollBack, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_roll_back", param="to") from error
     await services.controller.reconcile()
+    taken = before.canary.ref if before.canary is not None and asked.to is None else before.live
     return {
         "object": "policy.rollback",
+        "policy": policy,
+        "from": str(taken),
+        "live": str(services.controller.live(policy)),
+        "reason": asked.reason,
+    }
+
+
+@router.post("/{policy}/promote")
+async def promote(
+    policy: str, services: ServicesOf, body: PromoteIn | None = None
+) -> dict[str, Any]:
+    """Make a version live by hand, past the gate or its trial; new episodes take it at once."""
+    _check_known(policy, services)
+    asked = body or PromoteIn()
+    before = await asyncio.to_thread(services.releases.state, policy)
+    ref = _asked(before, asked.version)
+    try:
+        await asyncio.to_thread(
+            services.releases.promote, ref, actor="api", reason=asked.reason,
+            expected_sequence=before.sequence if asked.version is None else None,
+        )  # fmt: skip
+    except (NotPromotable, ReleaseConflict) as error:
+        raise Conflict(str(error), code="cannot_promote", param="version") from error
+    await services.controller.reconcile()
+    return {
+        "object": "policy.promotion",
         "policy": policy,
         "from": str(before.live),
         "live": str(services.controller.live(policy)),
         "reason": asked.reason,
+    }
+
+
+@router.post("/{policy}/pin")
+async def pin(policy: str, services: ServicesOf, body: PinIn) -> dict[str, Any]:
+    """Keep a version on disk whatever becomes of it, or no longer. It moves no traffic."""
+    _check_known(policy, services)
+    ref = AdapterRef(policy, body.version)
+    try:
+        await asyncio.to_thread(
+            services.releases.pin, ref, pinned=body.pinned, actor="api", reason=body.reason
+        )
+    except ReleaseConflict as error:
+        raise Conflict(str(error), code="cannot_pin", param="version") from error
+    return {"object": "policy.pin", "policy": policy, "id": str(ref), "pinned": body.pinned}
+
+
+def _asked(state: ReleaseState, version: int | None) -> AdapterRef:
+    if version is not None:
+        return AdapterRef(state.policy, version)
+    if state.canary is not None:
+        return state.canary.ref
+    if state.loaded:
+        return state.loaded[-1]
+    raise Conflict(
+        f"policy {state.policy!r} has no canary and no proven candidate; name a version, such as "
+        f"one that was live before: {sorted(state.states)}",
+        code="cannot_promote",
+        param="version",
+    )
+
+
+def _rollback_to(state: ReleaseState) -> str | None:
+    """What a rollback would leave live; the canary is taken back first."""
+    if state.canary is not None:
+        return str(state.live)
+    return None if state.live.is_base else str(state.previous)
+
+
+def _canary(canary: Canary, services: Services) -> dict[str, Any]:
+    report = services.decider.report(canary)
+    return {
+        "id": str(canary.ref),
+        "version": canary.ref.version,
+        "share": canary.share,
+        "why": "not looked at yet" if report is None else report.why,
+        "figures": {} if report is None else finite(report.figures),
     }
 
 
@@ -104,6 +205,7 @@ def _versions(
         {
             **_version(AdapterRef(policy, number), published.get(number)),
             "state": state.states.get(number),
+            "pinned": number in state.pinned,
             "resident": AdapterRef(policy, number) in services.controller.resident,
             "leases": services.leases.count(AdapterRef(policy, number)),
         }
@@ -133,6 +235,7 @@ def _event(event: ReleaseEvent) -> dict[str, Any]:
         "state": event.state,
         "actor": event.actor,
         "reason": event.reason,
+        "share": event.share,
         "figures": finite(event.figures),
         "at": event.at,
     }

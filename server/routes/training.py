@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from feedback.training import Readiness, TrainingRun
+from feedback.training import Readiness
+from policy.releases import Canary
 from server.services import Services, ServicesOf
 from server.wire import finite
 
@@ -33,38 +34,50 @@ def _trainer(services: Services) -> dict[str, Any]:
 
 def _policy(policy: str, services: Services) -> dict[str, Any]:
     spec = services.learning(policy)
-    live = services.releases.state(policy).live
-    readiness = services.store.readiness(spec, live_version=live.version)
+    state = services.releases.state(policy)
+    readiness = services.store.readiness(spec, live_version=state.live.version)
     runs = services.store.training_runs(policy, RUNS_SHOWN)
     return {
         "policy": policy,
-        "live": str(live),
-        "state": _state(readiness, runs, services),
-        "why": _why(readiness, services),
-        "next_trigger": readiness.next_trigger,
+        "live": str(state.live),
+        "state": _state(readiness, state.canary, services),
+        "why": _why(readiness, state.canary, services),
+        "next_trigger": readiness.next_trigger if state.canary is None else "the canary's verdict",
         "counts": _counts(readiness),
         "runs": [finite(dataclasses.asdict(run)) for run in runs],
     }
 
 
-def _state(readiness: Readiness, runs: list[TrainingRun], services: Services) -> str:
-    """off, down, training, triggered or waiting."""
+def _state(readiness: Readiness, canary: Canary | None, services: Services) -> str:
+    """off, down, training, canary, triggered or waiting."""
     if services.trainer is None:
         return "off"
     if not services.trainer.state.alive:
         return "down"
     if readiness.claimed:
         return "training"
+    if canary is not None:
+        return "canary"
     return "triggered" if readiness.triggered else "waiting"
 
 
-def _why(readiness: Readiness, services: Services) -> str:
+def _why(readiness: Readiness, canary: Canary | None, services: Services) -> str:
+    why = readiness.why if canary is None else _why_on_trial(canary, readiness, services)
     if services.trainer is None:
-        return f"this server runs no trainer (trainer.enabled is false); {readiness.why}"
+        return f"this server runs no trainer (trainer.enabled is false); {why}"
     child = services.trainer.state
     if not child.alive:
         return f"the trainer ended with status {child.last_exit} and is started again; see the log"
-    return readiness.why
+    return why
+
+
+def _why_on_trial(canary: Canary, readiness: Readiness, services: Services) -> str:
+    report = services.decider.report(canary)
+    so_far = "" if report is None else f" So far: {report.why}."
+    return (
+        f"training waits while {canary.ref} is tried on {canary.share:.3g} of new episodes, and "
+        f"goes on from what is live then.{so_far} Meanwhile {readiness.why}"
+    )
 
 
 def _counts(readiness: Readiness) -> dict[str, Any]:

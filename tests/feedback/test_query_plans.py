@@ -53,6 +53,7 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     store.renew(claim, lease_seconds=1.0)
     store.update_run(claim, "training", {})
     store.finish(claim, version=1, figures={})
+    assert len(store.outcomes(SPEC, (0, 1), since=0.0)) == 2
 
     assert len(statements) > 25
     whole = ("SCAN episode", "SCAN turn", "SCAN feedback", "SCAN training_item")

@@ -9,6 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from policy.releases import Canary
 from server import cli
 from server.commands.client import CommandError
 from tests.server.house import House
@@ -45,6 +46,24 @@ def test_an_operators_walk(house: House) -> None:
     assert "would lead to desk@v1" in hone(house, "releases", "desk")
     assert "desk@v1 is live" in hone(house, "rollback", "desk", "--reason", "worse")
     assert "rolled_back" in hone(house, "releases", "desk")
+    assert "desk@v2 is live; it was desk@v1" in hone(house, "promote", "desk", "--version", "2")
+    assert "desk@v1 is pinned" in hone(house, "pin", "desk", "1", "--reason", "the good old one")
+    assert "retired pinned" in hone(house, "releases", "desk")
+    assert "desk@v1 is pinned no longer" in hone(house, "pin", "desk", "1", "--off")
+    assert "retired pinned" not in hone(house, "releases", "desk")
+
+
+def test_a_canary_is_shown_and_promoted(house: House) -> None:
+    ref = house.publish().ref
+    releases = house.services.releases
+    house.until(lambda: releases.state("desk").loaded == (ref,))
+    releases.try_out(ref, 0.05, actor="trainer", reason="gate passed")
+    house.until(lambda: house.services.decider.report(Canary(ref, 0.05)) is not None)
+    shown = hone(house, "releases", "desk")
+    assert "canary: desk@v1 on 0.05 of new episodes" in shown
+    assert "would lead to desk@v0" in shown
+    assert "training waits while desk@v1 is tried" in hone(house, "status")
+    assert "desk@v1 is live; it was desk@v0" in hone(house, "promote", "desk")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +72,8 @@ def test_an_operators_walk(house: House) -> None:
         (["episode", "none"], "episode 'none' does not exist"),
         (["releases", "none"], "policy 'none' does not exist"),
         (["rollback", "desk"], "nothing is below it"),
+        (["promote", "desk"], "no canary and no proven candidate"),
+        (["pin", "desk", "7"], "desk@v7 cannot be pinned"),
     ],
 )
 def test_the_servers_refusals_are_told(
