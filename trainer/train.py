@@ -11,6 +11,9 @@
     verdict  = gate.judge(version)                         # engine parity, held-out tasks
     releases.promote(version) if verdict.passed else releases.record(version, "rejected")
 
+With `training.canary` a version that passed is tried out instead; the server decides it, and until
+then the line waits: there is one candidate at a time.
+
 Killed anywhere before `finish`, the episodes are claimed again and the folder is never named by a
 release; killed after it, the next start judges the candidate. This file only orders the parts.
 """
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.errors import LeaseLost
-from feedback.spec import LearningSpec, TrainingSpec
+from feedback.spec import CanarySpec, LearningSpec, TrainingSpec
 from feedback.store import Store
 from feedback.training import Claim
 from policy.registry import Registry
@@ -36,7 +39,7 @@ from trainer.algorithms.loop import Loop
 from trainer.baseline import Baseline
 from trainer.batch import Sample, sample_of
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.gate import Gate, Trial
+from trainer.gate import Gate, Trial, Verdict
 from trainer.grouping import Credits, credit
 from trainer.learner import UpdateDiverged, new_optimizer, update
 from trainer.model import LoraModel
@@ -107,12 +110,15 @@ class Trainer:
             logger.info("asked to stop; unfinished work is left to the next start")
 
     def advance(self, spec: LearningSpec) -> bool:
-        """One round for one policy; False if there was nothing to do."""
+        """One round for one policy; False if there was nothing to do, or a canary is on trial."""
         self._stop.check()
         if not spec.training.enabled:
             return False
         self.judge_candidates(spec)
-        live = self._releases.state(spec.policy).live
+        state = self._releases.state(spec.policy)
+        if state.canary is not None:
+            return False
+        live = state.live
         claim = self._store.claim(
             spec,
             live_version=live.version,
@@ -132,9 +138,11 @@ class Trainer:
         return True
 
     def judge_candidates(self, spec: LearningSpec) -> None:
-        """Promote or reject whatever this policy has that is published and undecided."""
+        """Release or reject whatever this policy has that is published and undecided."""
         state = self._releases.state(spec.policy)
         for ref in sorted((*state.candidates, *state.loaded)):
+            if self._releases.state(spec.policy).canary is not None:
+                return
             self._judge(spec, ref)
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
@@ -221,15 +229,31 @@ class Trainer:
             self._reject(ref, verdict.reason, verdict.figures)
             return
         try:
+            self._release(spec.training.canary, ref, live, verdict)
+        except ReleaseError as error:
+            self._reject(ref, str(error), verdict.figures)
+            return
+        self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
+
+    def _release(
+        self, canary: CanarySpec | None, ref: AdapterRef, live: AdapterRef, verdict: Verdict
+    ) -> None:
+        """Into traffic, as a whole or by a first share. Raises ReleaseError."""
+        first = 1.0 if canary is None else canary.stages[0]
+        if first < 1:
+            self._releases.try_out(
+                ref, first, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
+                expected_live=live.version,
+            )  # fmt: skip
+        else:
             self._releases.promote(
                 ref, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
                 expected_live=live.version,
             )  # fmt: skip
-        except ReleaseError as error:
-            self._reject(ref, str(error), verdict.figures)
-            return
-        logger.info("%s is live: %s", ref, verdict.reason, extra={"figures": verdict.figures})
-        self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
+        logger.info(
+            "%s takes %.3g %% of new episodes: %s", ref, 100 * first, verdict.reason,
+            extra={"figures": verdict.figures},
+        )  # fmt: skip
 
     def _reject(self, ref: AdapterRef, reason: str, figures: Mapping[str, float]) -> None:
         logger.warning("%s is rejected: %s", ref, reason, extra={"figures": dict(figures)})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import trainer.train
+from feedback.spec import CanarySpec
 from feedback.store import Store
 from policy.registry import Registry
-from policy.releases import Releases
+from policy.releases import Canary, Releases
 from policy.types import Adapter, AdapterRef
 from trainer.__main__ import build
 from trainer.checkpoint import Checkpoints
@@ -125,6 +126,27 @@ def test_a_diverged_update_is_never_published_and_not_begun_again(
     assert (run.state, run.version, run.figures["outcome"]) == ("finished", None, "the loss is nan")
     assert world.registry.versions("line") == []
     assert world.ready() == 0
+
+
+def test_with_a_canary_what_passed_the_gate_is_tried_and_the_line_waits_for_the_verdict(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    training = world.spec.training.model_copy(update={"canary": CanarySpec(stages=(0.2, 1.0))})
+    world.spec = world.spec.model_copy(update={"training": training})
+    world.run()
+    state = world.releases.state("line")
+    assert (state.live.version, state.canary) == (0, Canary(AdapterRef("line", 1), 0.2))
+
+    more_episodes(world.store)
+    ready = world.ready()
+    assert ready > 0
+    world.run()
+    assert world.ready() == ready, "no batch is claimed while a canary is on trial"
+    world.releases.promote(AdapterRef("line", 1), actor="canary", reason="fine")
+    world.run()
+    state = world.releases.state("line")
+    assert state.canary == Canary(AdapterRef("line", 2), 0.2)
+    assert world.adapter(2).parent == AdapterRef("line", 1)
 
 
 def test_a_candidate_of_a_version_that_is_no_longer_live_is_rejected(
