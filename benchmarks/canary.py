@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from feedback.sequential import Floats, Outcomes, Places, capitals
-from feedback.spec import CanarySpec
+from feedback.spec import CanarySpec, margin_before
 
 EPISODES = 24_000
 """Most episodes of one release; every one is decided long before."""
@@ -72,7 +72,7 @@ def _release(kind: Simulated, spec: CanarySpec, draw: np.random.Generator) -> tu
         found = capitals(
             Outcomes(values, is_canary, shares),
             target=spec.margin,
-            margin=spec.margin_before(after),
+            margin=margin_before(spec.margin, after),
         )
         worse = _crossed(found.worse, found.known_at, spec.alpha)
         tried = np.flatnonzero(is_canary[begins:])[spec.min_episodes - 1 :] + begins

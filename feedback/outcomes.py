@@ -6,11 +6,13 @@ dropped as stale. How outcomes are compared is `feedback.sequential`'s and the c
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, select
 
+from feedback import events
+from feedback.reward import effective_values
 from feedback.rows import EPISODE, ITEM
 
 
@@ -23,6 +25,8 @@ class Outcome:
     started_at: float
     reward: float
     """In [0, 1]."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The value in force of each metric that was reported, if they were asked for."""
 
 
 def known(
@@ -32,12 +36,14 @@ def known(
     *,
     since: float,
     now: float,
+    with_metrics: bool = False,
     tenant: str = "default",
 ) -> list[Outcome]:
     """Live and practice episodes that started at `since` or later, in the order in which their
     rewards became known: what is added later stands at the end. Settle first."""
+    columns = (EPISODE.c.id, EPISODE.c.task_key, EPISODE.c.version, EPISODE.c.started_at)
     rows = connection.execute(
-        select(EPISODE.c.task_key, EPISODE.c.version, EPISODE.c.started_at, ITEM.c.reward)
+        select(*columns, ITEM.c.reward)
         .join(ITEM, ITEM.c.episode_id == EPISODE.c.id)
         .where(
             EPISODE.c.tenant == tenant,
@@ -48,5 +54,16 @@ def known(
             ITEM.c.matures_at <= now,
         )
         .order_by(ITEM.c.waiting_since, ITEM.c.episode_id)
-    )
-    return [Outcome(*row) for row in rows]
+    ).all()
+    keys = [(tenant, row.id) for row in rows] if with_metrics else []
+    said = events.of_episodes(connection, keys)
+    return [
+        Outcome(
+            row.task_key,
+            row.version,
+            row.started_at,
+            row.reward,
+            effective_values(said.get((tenant, row.id), ())),
+        )
+        for row in rows
+    ]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from feedback.spec import MetricSpec, RewardSpec
+from feedback.spec import MetricRange, MetricSpec, RewardSpec
 from feedback.types import FeedbackEvent
 
 
@@ -85,9 +85,10 @@ def _weighted_mean(
     """sum_m w_m clip((x_m - low_m) / (high_m - low_m), 0, 1) / sum_m w_m."""
     chosen = [(metrics[name], values[name]) for name in names]
     total = math.fsum(metric.weight for metric, _ in chosen)
-    return math.fsum(metric.weight * _unit(metric, value) for metric, value in chosen) / total
+    return math.fsum(metric.weight * unit(metric, value) for metric, value in chosen) / total
 
 
-def _unit(metric: MetricSpec, value: float) -> float:
+def unit(metric: MetricRange, value: float) -> float:
+    """clip((x - low) / (high - low), 0, 1)"""
     share = (value - metric.low) / (metric.high - metric.low)
     return min(1.0, max(0.0, share))

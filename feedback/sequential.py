@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +112,9 @@ def differences(outcomes: Outcomes) -> tuple[Floats, Places]:
         here = outcomes.shares == share
         theirs = np.flatnonzero(here & outcomes.is_canary)
         live = np.flatnonzero(here & ~outcomes.is_canary)
-        few, many = max(1, round(share / (1 - share))), max(1, round((1 - share) / share))
+        # As many of each as the share says: otherwise one side's queue would grow, and age.
+        ratio = Fraction(share).limit_denominator(100)
+        few, many = max(1, ratio.numerator), max(1, ratio.denominator - ratio.numerator)
         n = min(len(theirs) // few, len(live) // many)
         theirs, live = theirs[: n * few].reshape(n, few), live[: n * many].reshape(n, many)
         found.append(outcomes.values[theirs].mean(axis=1) - outcomes.values[live].mean(axis=1))

@@ -7,7 +7,7 @@ The computing is elsewhere: `feedback.reward` for rewards, `trainer` for trainin
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,19 +18,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class MetricSpec(Strict):
-    """One outcome metric, mapped linearly from [low, high] to [0, 1] (high may be below low)."""
+class MetricRange(Strict):
+    """A metric's values, mapped linearly from [low, high] to [0, 1] (high may be below low)."""
 
-    weight: float = Field(1.0, gt=0)
     low: float = 0.0
     high: float = 1.0
-    required: bool = Field(True, description="The reward stays pending until this metric arrives.")
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
         if self.low == self.high:
             raise ValueError(f"low and high are both {self.low!r}; expected two different values")
         return self
+
+
+class MetricSpec(MetricRange):
+    """One outcome metric of the reward."""
+
+    weight: float = Field(1.0, gt=0)
+    required: bool = Field(True, description="The reward stays pending until this metric arrives.")
 
 
 class RewardSpec(Strict):
@@ -56,14 +61,23 @@ class GateSpec(Strict):
     )
 
 
+class GuardSpec(MetricRange):
+    """A metric that a canary must not worsen, whether or not it is part of the reward."""
+
+    margin: float = Field(0.05, gt=0, lt=1, description="As the canary's, on the scale of [0, 1].")
+
+
 class CanarySpec(Strict):
     """How a candidate that passed the gate is tried on real traffic before it is live."""
 
-    stages: tuple[float, ...] = Field(
+    stages: tuple[Annotated[float, Field(ge=0.01)], ...] = Field(
         (0.05, 0.25, 1.0), description="Its share of new episodes, step by step; 1 means live."
     )
     margin: float = Field(
         0.05, gt=0, lt=1, description="Loss of mean reward, over all traffic, that must not pass."
+    )
+    guards: dict[str, GuardSpec] = Field(
+        default_factory=dict, description="Metrics that are tested besides the reward."
     )
     alpha: float = Field(
         0.025, gt=0, lt=0.5, description="Probability of a false rollback; of a false pass, too."
@@ -86,11 +100,11 @@ class CanarySpec(Strict):
         """The next share; 1 after the last one, and for a share that the stages no longer name."""
         return next((stage for stage in self.stages if stage > share), 1.0)
 
-    def margin_before(self, share: float) -> float:
-        """The canary's loss that must be ruled out before it takes `share`: so small a part of
-        traffic may be risked on weaker evidence, such that all traffic never loses more than
-        `margin`."""
-        return min(1.0, self.margin / share)
+
+def margin_before(margin: float, share: float) -> float:
+    """The canary's loss that must be ruled out before it takes `share` of traffic: a small part may
+    be risked on weaker evidence, so long as all traffic together loses no more than `margin`."""
+    return min(1.0, margin / share)
 
 
 class TrainingSpec(Strict):

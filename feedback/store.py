@@ -110,12 +110,16 @@ class Store:
         versions: Collection[int],
         *,
         since: float,
+        with_metrics: bool = False,
         now: float | None = None,
     ) -> list[Outcome]:
         """The matured rewards of these versions' episodes, in the order they became known."""
         self._settle(spec)
         with self.database.connect() as connection:
-            return outcomes.known(connection, spec.policy, versions, since=since, now=_or_now(now))
+            return outcomes.known(
+                connection, spec.policy, versions,
+                since=since, now=_or_now(now), with_metrics=with_metrics,
+            )  # fmt: skip
 
     # Training
 

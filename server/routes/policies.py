@@ -166,13 +166,13 @@ def _rollback_to(state: ReleaseState) -> str | None:
 
 
 def _canary(canary: Canary, services: Services) -> dict[str, Any]:
-    report = services.decider.report(canary)
+    evidence = services.decider.evidence(canary)
     return {
         "id": str(canary.ref),
         "version": canary.ref.version,
         "share": canary.share,
-        "why": "not looked at yet" if report is None else report.why,
-        "figures": {} if report is None else finite(report.figures),
+        "why": "not looked at yet" if evidence is None else evidence.why,
+        "figures": {} if evidence is None else finite(evidence.figures),
     }
 
 

@@ -72,8 +72,8 @@ def _why(readiness: Readiness, canary: Canary | None, services: Services) -> str
 
 
 def _why_on_trial(canary: Canary, readiness: Readiness, services: Services) -> str:
-    report = services.decider.report(canary)
-    so_far = "" if report is None else f" So far: {report.why}."
+    evidence = services.decider.evidence(canary)
+    so_far = "" if evidence is None else f" So far: {evidence.why}."
     return (
         f"training waits while {canary.ref} is tried on {canary.share:.3g} of new episodes, and "
         f"goes on from what is live then.{so_far} Meanwhile {readiness.why}"

@@ -12,17 +12,18 @@ import pytest
 import yaml
 
 from feedback.outcomes import Outcome
-from feedback.spec import CanarySpec, LearningSpec, TrainingSpec
+from feedback.spec import CanarySpec, GuardSpec, LearningSpec, TrainingSpec
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.releases import Canary, Releases
 from policy.types import AdapterRef
-from server.canary import CanaryDecider, Stage, compared
+from server.canary import CanaryDecider
+from server.canary_evidence import Stage, comparable, weigh
 from tests.server.house import AGENT, House, running, scripted_parts, settings_in, write_agent
 
 LIVE, TRIED = AdapterRef("desk", 0), AdapterRef("desk", 1)
 # Quick enough for a test: large differences, large shares.
-SPEC = CanarySpec(stages=(0.3, 0.6, 1.0), margin=0.3, alpha=0.05, min_episodes=10)
+SPEC = CanarySpec(stages=(0.25, 0.5, 1.0), margin=0.3, alpha=0.05, min_episodes=10)
 LEARNING = LearningSpec(policy="desk", training=TrainingSpec(canary=SPEC))
 TURN = Turn(0, (1, 2), (3,), (-0.5,), "text", "stop")
 
@@ -83,9 +84,11 @@ def good_canary(ref: AdapterRef) -> float:
 
 def test_a_worse_canary_is_taken_back_and_the_event_says_why(desk: Desk) -> None:
     desk.on_trial()
-    report = desk.decider.look("desk")
-    assert report is not None
-    assert "no reward over 0 tasks against no reward over 0 tasks of desk@v0" in report.why
+    found = desk.decider.look("desk")
+    assert found is not None
+    assert (
+        found.why == "reward nothing over 0 tasks against nothing over 0 tasks: undecided in reward"
+    )
     desk.serve(60, bad_canary)
     desk.decider.look("desk")
 
@@ -93,7 +96,7 @@ def test_a_worse_canary_is_taken_back_and_the_event_says_why(desk: Desk) -> None
     assert (state.live, state.canary, state.states[1]) == (LIVE, None, "rolled_back")
     last = desk.releases.events("desk")[-1]
     assert (last.actor, last.state) == ("canary", "rolled_back")
-    assert "it is worse" in last.reason
+    assert "worse in reward (error 5.0% at most)" in last.reason
     assert last.figures["canary_reward"] == 0.0
     assert last.figures["live_reward"] == 1.0
     assert last.figures["canary_episodes"] + last.figures["live_episodes"] == 60
@@ -102,16 +105,16 @@ def test_a_worse_canary_is_taken_back_and_the_event_says_why(desk: Desk) -> None
 
 def test_a_good_canary_goes_through_its_stages_over_a_restart(desk: Desk) -> None:
     desk.on_trial()
-    desk.serve(80, good_canary)
+    desk.serve(150, good_canary)
     desk.decider.look("desk")
-    assert desk.releases.state("desk").canary == Canary(TRIED, 0.6)
+    assert desk.releases.state("desk").canary == Canary(TRIED, 0.5)
     held = desk.decider.look("desk")
     assert held is not None
     assert held.figures["canary_episodes_at_stage"] == 0
     assert held.figures["canary_episodes"] > 10
-    assert "undecided" in held.why
+    assert "not worse, but over fewer than 10 at this stage" in held.why
 
-    desk.serve(40, good_canary)
+    desk.serve(60, good_canary)
     desk.another().look("desk")
     state = desk.releases.state("desk")
     assert (state.live, state.canary) == (TRIED, None)
@@ -126,7 +129,7 @@ def test_few_outcomes_decide_nothing(desk: Desk) -> None:
     desk.serve(12, good_canary)
     for _ in range(3):
         desk.decider.look("desk")
-    assert desk.releases.state("desk").canary == Canary(TRIED, 0.3)
+    assert desk.releases.state("desk").canary == Canary(TRIED, 0.25)
 
 
 @pytest.mark.parametrize("worth", [good_canary, bad_canary])
@@ -144,7 +147,7 @@ def test_deciders_of_many_replicas_act_once(
 
 def test_one_key_is_one_outcome_and_a_pinned_episode_is_none(desk: Desk) -> None:
     desk.on_trial()
-    canary = Canary(TRIED, 0.3)
+    canary = Canary(TRIED, 0.25)
     mine = [key for key in map(str, range(200)) if canary.takes(key)]
     theirs = [key for key in map(str, range(200)) if not canary.takes(key)]
     for _ in range(30):
@@ -153,26 +156,46 @@ def test_one_key_is_one_outcome_and_a_pinned_episode_is_none(desk: Desk) -> None
         desk.record(key, TRIED, bad_canary)  # clients that pin the version
     for key in theirs[30:60]:
         desk.record(key, LIVE, bad_canary)
-    report = desk.decider.look("desk")
-    assert report is not None
-    assert (report.figures["canary_episodes"], report.figures["live_episodes"]) == (1, 30)
+    found = desk.decider.look("desk")
+    assert found is not None
+    assert (found.figures["canary_episodes"], found.figures["live_episodes"]) == (1, 30)
     assert desk.releases.state("desk").canary == canary
 
 
 def test_outcomes_are_weighed_by_the_share_at_their_start() -> None:
-    stages = [Stage(0.3, 100.0), Stage(0.6, 200.0)]
+    stages = [Stage(0.25, 100.0), Stage(0.5, 200.0)]
     keys = [str(n) for n in range(100)]
-    moved = [k for k in keys if Canary(TRIED, 0.6).takes(k) and not Canary(TRIED, 0.3).takes(k)]
+    moved = [k for k in keys if Canary(TRIED, 0.5).takes(k) and not Canary(TRIED, 0.25).takes(k)]
     seen = [
         Outcome(moved[0], 0, 150.0, 1.0),
         Outcome(moved[1], 1, 250.0, 0.5),
         Outcome(moved[2], 0, 200.1, 0.0),  # a replica that had not heard of the new share
         Outcome(moved[0], 1, 260.0, 0.0),  # known already
     ]
-    found = compared(seen, TRIED, stages)
-    assert found.values.tolist() == [1.0, 0.5]
-    assert found.is_canary.tolist() == [False, True]
-    assert found.shares.tolist() == [0.3, 0.6]
+    found = comparable(seen, TRIED, stages)
+    assert [(one.outcome.reward, one.is_canary, one.share) for one in found] == [
+        (1.0, False, 0.25), (0.5, True, 0.5),
+    ]  # fmt: skip
+
+
+def test_a_guard_takes_a_canary_back_that_the_reward_would_pass() -> None:
+    spec = SPEC.model_copy(update={"guards": {"seconds": GuardSpec(low=10, high=0, margin=0.3)}})
+    canary, stages = Canary(TRIED, 0.25), [Stage(0.25, 0.0)]
+
+    def seen(slow: float, *, told: int = 200) -> list[Outcome]:
+        return [
+            Outcome(str(n), int(takes), 1.0, 1.0, {"seconds": slow if takes else 1.0} if n < told
+                    else {})
+            for n in range(200)
+            if (takes := canary.takes(str(n))) is not None
+        ]  # fmt: skip
+
+    assert weigh(seen(1.0), canary, stages, spec).step == "forward"
+    slow = weigh(seen(9.0), canary, stages, spec)
+    assert (slow.step, "worse in seconds (error" in slow.why) == ("back", True)
+    assert slow.figures["seconds_worse_evidence"] > 1 > slow.figures["reward_worse_evidence"]
+    silent = weigh(seen(9.0, told=0), canary, stages, spec)
+    assert (silent.step, "undecided in seconds" in silent.why) == ("hold", True)
 
 
 @pytest.fixture
@@ -232,14 +255,14 @@ def test_the_api_shows_the_trial_and_a_hand_may_end_it(house: House) -> None:
     pinned = house.chat("desk@v0", [{"role": "user", "content": "x"}], metadata=key)
     assert pinned.headers["x-hone-adapter"] == "desk@v0"
 
-    house.until(lambda: house.services.decider.report(Canary(ref, SPEC.stages[0])) is not None)
+    house.until(lambda: house.services.decider.evidence(Canary(ref, SPEC.stages[0])) is not None)
     policy = house.http.get("/v1/policies/desk").json()
-    assert (policy["canary"]["id"], policy["canary"]["share"]) == ("desk@v1", 0.3)
+    assert (policy["canary"]["id"], policy["canary"]["share"]) == ("desk@v1", 0.25)
     assert "undecided" in policy["canary"]["why"]
     assert (policy["live"], policy["rollback_to"]) == ("desk@v0", "desk@v0")
     [training] = house.http.get("/v1/training").json()["policies"]
     assert (training["state"], training["next_trigger"]) == ("off", "the canary's verdict")
-    assert "training waits while desk@v1 is tried on 0.3 of new episodes" in training["why"]
+    assert "training waits while desk@v1 is tried on 0.25 of new episodes" in training["why"]
 
     done = house.http.post("/v1/policies/desk/promote", json={"reason": "we know better"})
     assert (done.json()["from"], done.json()["live"]) == ("desk@v0", "desk@v1")

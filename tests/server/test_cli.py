@@ -58,7 +58,7 @@ def test_a_canary_is_shown_and_promoted(house: House) -> None:
     releases = house.services.releases
     house.until(lambda: releases.state("desk").loaded == (ref,))
     releases.try_out(ref, 0.05, actor="trainer", reason="gate passed")
-    house.until(lambda: house.services.decider.report(Canary(ref, 0.05)) is not None)
+    house.until(lambda: house.services.decider.evidence(Canary(ref, 0.05)) is not None)
     shown = hone(house, "releases", "desk")
     assert "canary: desk@v1 on 0.05 of new episodes" in shown
     assert "would lead to desk@v0" in shown
