@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 from policy.types import AdapterRef
 
 ReleaseStateName = Literal[
-    "candidate", "loaded", "canary", "live", "retired", "rejected", "rolled_back"
+    "candidate", "loaded", "canary", "live", "retired", "rejected", "rolled_back", "deleted"
 ]
 """candidate: published, unproven; loaded: the engine's probe passed; canary: takes a share of new
 episodes; live: takes the rest; retired: was live, replaced by a newer one; rejected: never to be
-served; rolled_back: was live or a canary and taken back."""
+served; rolled_back: was live or a canary and taken back; deleted: no longer on disk."""
 Mark = Literal["pinned", "unpinned"]
 """What may be said of a version whatever its state: pinned, it is kept on disk for ever."""
 
@@ -132,7 +132,7 @@ def fold(policy: str, changes: Iterable[Change]) -> ReleaseState:
         elif state == "live":
             below = stack[: stack.index(version)] if rolling_back and version in stack else stack
             stack = [*(v for v in below if v != version), version] if version else []
-        if state in ("canary", "rolled_back", "rejected") and version in stack:
+        if state in ("canary", "rolled_back", "rejected", "deleted") and version in stack:
             stack.remove(version)
         rolling_back = state == "rolled_back" and not was_canary
     live = stack[-1] if stack else 0

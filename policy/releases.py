@@ -41,7 +41,7 @@ __all__ = ["Canary", "NotPromotable", "NothingToRollBack", "ReleaseConflict", "R
 __all__ += ["ReleaseEvent", "ReleaseEventRow", "ReleaseState", "ReleaseStateName", "Releases"]
 
 _STATES = frozenset((*get_args(ReleaseStateName), *get_args(Mark)))
-_WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected")
+_WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected", "deleted")
 _BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
     {
         "candidate": frozenset({None}),
@@ -49,6 +49,7 @@ _BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
         "rejected": frozenset(
             {None, "candidate", "loaded", "canary", "retired", "rolled_back", "rejected"}
         ),
+        "deleted": frozenset({"retired", "rejected", "rolled_back"}),
         "live": frozenset({"loaded", "canary", "retired", "rolled_back"}),
     }
 )
@@ -141,7 +142,7 @@ class Releases:
         reason: str,
         figures: Mapping[str, Any] | None = None,
     ) -> None:
-        """Append `candidate`, `loaded` or `rejected`; see `record_in` for what is refused."""
+        """Append `candidate`, `loaded`, `rejected` or `deleted`; see `record_in` for refusals."""
         with self._transaction() as session:
             self.record_in(
                 session, policy, version, state, actor=actor, reason=reason, figures=figures
@@ -170,7 +171,10 @@ class Releases:
                 "for the rest, try_out for a canary"
             )
         changes = self._locked_changes(session, policy)
-        before = fold(policy, changes).states.get(version)
+        now = fold(policy, changes)
+        before = now.states.get(version)
+        if state == "deleted" and version in now.pinned:
+            raise ReleaseConflict(f"{AdapterRef(policy, version)} is pinned; it stays on disk")
         if before not in _BEFORE[state]:
             raise ReleaseConflict(
                 f"{AdapterRef(policy, version)} is {before or 'unknown'!r}, which {state!r} cannot "
@@ -293,15 +297,15 @@ class Releases:
     def pin(self, ref: AdapterRef, *, pinned: bool, actor: str, reason: str) -> None:
         """Keep a version on disk for ever, or no longer; a no-op if that is so already.
 
-        Raises ReleaseConflict for a version without events: nothing of it is on disk.
+        Raises ReleaseConflict for a version without events or deleted: it is not on disk.
         """
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
-            if ref.version not in now.states or ref.is_base:
+            if now.states.get(ref.version, "deleted") == "deleted" or ref.is_base:
                 raise ReleaseConflict(
                     f"{ref} cannot be pinned; expected one of the versions "
-                    f"{sorted(now.states.keys() - {0})}"
+                    f"{[v for v, name in sorted(now.states.items()) if v and name != 'deleted']}"
                 )
             if (ref.version in now.pinned) != pinned:
                 self._append(

@@ -17,6 +17,9 @@ class ModelSettings(BaseModel):
     )
     dtype: str = Field("auto", description="Weights' type while serving: auto, float32, bfloat16.")
     adapters: Path = Field(Path("var/adapters"), description="Folder of published versions.")
+    keep_versions: int = Field(
+        50, ge=2, description="Newest versions of a policy on disk, besides the best and pinned."
+    )
     max_lora_rank: int = Field(16, ge=1, le=512, description="Largest adapter rank that is served.")
 
 

@@ -36,6 +36,7 @@ from server.middleware import BearerKey, BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, SampledReply, collect
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
+from server.retention import Retention
 from server.routes import (
     agents,
     episodes,
@@ -177,6 +178,15 @@ async def _start(
     decider = CanaryDecider(releases, store, {s.policy: s.learning for s in specs.values()})
     decider.start()
     stack.push_async_callback(decider.stop)
+
+    retention = Retention(
+        releases,
+        registry,
+        lambda ref: ref in engine.loaded or bool(leases.count(ref)),
+        keep=settings.model.keep_versions,
+    )
+    retention.start()
+    stack.push_async_callback(retention.stop)
 
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
     routing = Routing(base_name, {a.name: a.policy for a in specs.values()}, controller)

@@ -290,9 +290,9 @@ class ReleaseController:
         """Load a version that a pinned request or an older episode asks for."""
         state = await asyncio.to_thread(self._releases.state, ref.policy)
         status = state.states.get(ref.version)
-        if status is None or status == "rejected":
+        if status in (None, "rejected", "deleted"):
             raise NotFound(
-                f"model {str(ref)!r} {'does not exist' if status is None else 'was rejected'}; "
+                f"model {str(ref)!r} {'does not exist' if status is None else f'was {status}'}; "
                 f"see GET /v1/policies/{ref.policy}",
                 code="model_not_found",
                 param="model",
