@@ -86,14 +86,17 @@ async def rollback(
     _check_known(policy, services)
     asked = body or RollbackIn()
     before = await asyncio.to_thread(services.releases.state, policy)
+    takes_canary = before.canary is not None and asked.to is None
     try:
         await asyncio.to_thread(
-            services.releases.rollback, policy, actor="api", reason=asked.reason, to=asked.to
-        )
+            services.releases.rollback, policy, actor="api", reason=asked.reason, to=asked.to,
+            # If the canary is decided meanwhile, the live version must not be taken in its place.
+            expected_sequence=before.sequence if takes_canary else None,
+        )  # fmt: skip
     except (NothingToRollBack, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_roll_back", param="to") from error
     await services.controller.reconcile()
-    taken = before.canary.ref if before.canary is not None and asked.to is None else before.live
+    taken = before.canary.ref if before.canary is not None and takes_canary else before.live
     return {
         "object": "policy.rollback",
         "policy": policy,
