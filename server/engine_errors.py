@@ -42,8 +42,10 @@ def in_our_shape(send: Send) -> Send:
 def _translated(body: bytes, status: int) -> bytes:
     try:
         error = json.loads(body)["error"]
-        message, param = str(error["message"]), error.get("param")
+        message, param, theirs = str(error["message"]), error["param"], error["code"]
     except (ValueError, TypeError, KeyError):
+        return body
+    if not isinstance(theirs, int):  # ours, raised within the engine's route
         return body
     kind = "invalid_request_error" if status < 500 else "server_error"
     shaped = error_body(
