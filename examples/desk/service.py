@@ -149,7 +149,14 @@ def main() -> None:
         parser.error(f"set {OWNER_KEY_VARIABLE}: the owner's routes must not stand open")
     options.database.parent.mkdir(parents=True, exist_ok=True)
     app = create_service(Desk(options.database), owner_key)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,  # clients close idle connections, not we: see server.commands.serve
+    )
 
 
 if __name__ == "__main__":

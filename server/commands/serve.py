@@ -34,6 +34,9 @@ from server.tools.base import ToolUnavailable
 
 logger = logging.getLogger("hone.server")
 
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients and proxies keep idle connections (httpx 5 s, many balancers 60 s): whoever
+closes first must not be us, or a request that was just written is lost with the connection."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -70,6 +73,7 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.http.drain_seconds,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner, listener:
