@@ -6,8 +6,9 @@ The computing is elsewhere: `feedback.reward` for rewards, `trainer` for trainin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -107,11 +108,28 @@ def margin_before(margin: float, share: float) -> float:
     return min(1.0, margin / share)
 
 
+AlgorithmName = Literal[
+    "loop", "rloo", "grpo", "dr_grpo", "reinforce_pp", "spo", "cispo", "positive"
+]
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "loop": {"clip_low": 0.1, "clip_high": 0.1, "ratio_cap": 2.0, "ratio": "token"},
+    "rloo": {"ratio_cap": 2.0},
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio_cap": 2.0, "kl_base": 0.0},
+    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "ratio_cap": 2.0, "episode_tokens": 256},
+    "reinforce_pp": {"clip_low": 0.2, "clip_high": 0.2, "ratio_cap": 2.0},
+    "spo": {"clip_low": 0.2, "clip_high": 0.28, "ratio_cap": 2.0},
+    "cispo": {"ratio_cap": 5.0},
+    "positive": {},
+}
+"""The options that each algorithm reads, and its defaults: its paper's, where that has them."""
+
+
 class TrainingSpec(Strict):
     """When and how the adapter line is trained."""
 
     enabled: bool = True
-    algorithm: Literal["loop"] = "loop"
+    algorithm: AlgorithmName = Field("loop", description="See docs/algorithms.md.")
     min_episodes: int = Field(128, ge=1, description="Matured episodes that trigger an update.")
     max_episodes: int = Field(
         512, ge=1, description="Most episodes taken by one update, the freshest first."
@@ -125,10 +143,19 @@ class TrainingSpec(Strict):
     epochs: int = Field(1, ge=1)
     minibatch_episodes: int = Field(32, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
-    clip_low: float = Field(0.1, gt=0, description="LOOP's epsilon below 1.")
-    clip_high: float = Field(0.1, gt=0, description="LOOP's epsilon above 1.")
+    clip_low: float = Field(0.1, gt=0, description="The clip's epsilon below 1.")
+    clip_high: float = Field(0.1, gt=0, description="The clip's epsilon above 1.")
     ratio_cap: float = Field(
-        2.0, description="Largest weight of a token's gradient, whatever its ratio."
+        2.0, ge=1, description="Largest weight of a gradient, whatever its ratio."
+    )
+    ratio: Literal["token", "turn", "trajectory"] = Field(
+        "token", description="What LOOP takes one ratio of."
+    )
+    kl_base: float = Field(
+        0.0, ge=0, description="Weight of the divergence from the base model: GRPO's beta."
+    )
+    episode_tokens: int = Field(
+        256, ge=1, description="Dr. GRPO's constant in place of an episode's sampled tokens."
     )
     max_grad_norm: float = Field(1.0, gt=0)
     kl_stop: float = Field(
@@ -142,9 +169,25 @@ class TrainingSpec(Strict):
         description="Try what passed the gate on a share of traffic first; None: live at once.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_the_algorithms_options(cls, given: Any) -> Any:
+        """Fill in its defaults; refuse what it would ignore."""
+        name = given.get("algorithm", "loop") if isinstance(given, Mapping) else None
+        if not isinstance(name, str) or name not in OPTIONS:
+            return given  # the field's own check says what is wrong
+        known = {option for options in OPTIONS.values() for option in options}
+        ignored = sorted((known - OPTIONS[name].keys()) & given.keys())
+        if ignored:
+            raise ValueError(
+                f"algorithm {name!r} does not read {', '.join(ignored)}; remove it, or choose an "
+                f"algorithm that does; {name!r} reads {', '.join(OPTIONS[name]) or 'none of these'}"
+            )
+        return {**OPTIONS[name], **given}
+
     @model_validator(mode="after")
     def _caps_above_the_clip(self) -> Self:
-        if self.ratio_cap <= 1 + self.clip_high:
+        if "clip_high" in OPTIONS[self.algorithm] and self.ratio_cap <= 1 + self.clip_high:
             raise ValueError(
                 f"ratio_cap is {self.ratio_cap:g}; expected more than 1 + clip_high, which is "
                 f"{1 + self.clip_high:g}"

@@ -49,6 +49,13 @@ class Row:
         self.trained.extend(range(start, len(self.token_ids)))
         self.logprobs.extend(turn.logprobs)
 
+    @property
+    def turn_starts(self) -> list[bool]:
+        """Of each trained token: whether a turn begins with it. What was sampled without a break,
+        nothing from outside between, counts as one turn."""
+        before = [-1, *self.trained[:-1]]
+        return [at != last + 1 for last, at in zip(before, self.trained, strict=True)]
+
 
 def rows_of(turns: Sequence[Turn]) -> tuple[Row, ...]:
     """The fewest rows in which each sampled token is trained once, under the prompt it had."""
@@ -80,6 +87,10 @@ class Sample:
     def n_trained(self) -> int:
         """|a|: tokens that the policy sampled."""
         return sum(len(row.trained) for row in self.rows)
+
+    @property
+    def n_turns(self) -> int:
+        return sum(sum(row.turn_starts) for row in self.rows)
 
 
 def sample_of(credited: Credited, *, live_version: int) -> Sample:
@@ -120,31 +131,52 @@ class Microbatch:
     """Float [N]: 1 / |a| of the token's episode."""
     episode: Tensor
     """Int64 [N]: index of the sample among those that `microbatches` was given."""
+    turn: Tensor
+    """Int64 [N]: number of the turn in this microbatch; a turn lies in one row."""
+    n_tokens: Tensor
+    """Float [N]: |a| of the token's episode."""
+    n_turns: Tensor
+    """Float [N]: turns with sampled tokens in its episode."""
 
 
-def microbatches(samples: Sequence[Sample], *, token_budget: int) -> Iterator[Microbatch]:
+def microbatches(
+    samples: Sequence[Sample], *, token_budget: int, whole_episodes: bool = False
+) -> Iterator[Microbatch]:
     """All rows of `samples`, longest first, at most `token_budget` padded tokens at once.
 
-    A row longer than the budget goes alone.
+    A row longer than the budget goes alone; with `whole_episodes`, so do the rows of an episode
+    that exceed it together.
     """
-    rows = [(row, index) for index, sample in enumerate(samples) for row in sample.rows]
-    rows.sort(key=lambda pair: -len(pair[0].token_ids))
-    start = 0
-    while start < len(rows):
-        width = len(rows[start][0].token_ids)
-        count = max(1, token_budget // width)
-        yield _collate(rows[start : start + count], samples)
-        start += count
+    parts: list[list[tuple[Row, int]]] = []
+    for index, sample in enumerate(samples):
+        rows = [(row, index) for row in sample.rows]
+        parts.extend([rows] if whole_episodes else [[row] for row in rows])
+    parts.sort(key=lambda part: -_width(part))
+    packed: list[tuple[Row, int]] = []
+    width = 0
+    for part in parts:
+        if packed and (len(packed) + len(part)) * width > token_budget:
+            yield _collate(packed, samples)
+            packed = []
+        width = width if packed else _width(part)
+        packed.extend(part)
+    if packed:
+        yield _collate(packed, samples)
+
+
+def _width(rows: Sequence[tuple[Row, int]]) -> int:
+    return max(len(row.token_ids) for row, _ in rows)
 
 
 def _collate(rows: Sequence[tuple[Row, int]], samples: Sequence[Sample]) -> Microbatch:
-    width = max(len(row.token_ids) for row, _ in rows) - 1
+    width = _width(rows) - 1
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     for number, (row, _) in enumerate(rows):
         input_ids[number, : len(row.token_ids) - 1] = torch.tensor(row.token_ids[:-1])
     counts = torch.tensor([len(row.trained) for row, _ in rows])
     trained = torch.tensor([position for row, _ in rows for position in row.trained])
     owners = [samples[index] for _, index in rows]
+    starts = torch.tensor([start for row, _ in rows for start in row.turn_starts])
 
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
@@ -160,4 +192,7 @@ def _collate(rows: Sequence[tuple[Row, int]], samples: Sequence[Sample]) -> Micr
         advantages=per_token([owner.advantage for owner in owners]),
         scale=per_token([1 / owner.n_trained for owner in owners]),
         episode=torch.tensor([index for _, index in rows]).repeat_interleave(counts),
+        turn=starts.cumsum(0) - 1,
+        n_tokens=per_token([owner.n_trained for owner in owners]),
+        n_turns=per_token([owner.n_turns for owner in owners]),
     )

@@ -1,7 +1,7 @@
 """Rewarded episodes to credited ones: groups, their advantages, and what is dropped and why.
 
-Two or more episodes of one task under one version are compared with each other; a lone one with the
-tracked baseline. The formulas are the algorithm's and the baseline's; tokens come later.
+Two or more episodes of one task under one version are a group. What they are compared with, each
+other or the tracked baseline, is the algorithm's formula; tokens come later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from feedback.types import Episode
-from trainer.algorithms import Algorithm
+from trainer.algorithms import Algorithm, Outcomes
 from trainer.baseline import Baseline
 
 NO_SIGNAL = 0.01
@@ -62,24 +62,29 @@ def credit(rewarded: Iterable[Rewarded], algorithm: Algorithm, baseline: Baselin
     for item in sorted(rewarded, key=lambda item: item.episode.id):
         episode = item.episode
         groups[episode.tenant, episode.task_key, episode.version].append(item)
+    ordered = [group for _, group in sorted(groups.items())]
+    items = [item for group in ordered for item in group]
+    advantages = algorithm.advantages(_outcomes(ordered, baseline)).tolist()
     credited: list[Credited] = []
     dropped: Counter[str] = Counter()
-    for _, group in sorted(groups.items()):
-        for item, advantage in zip(group, _advantages(group, algorithm, baseline), strict=True):
-            reason = _why_not(item.episode, advantage)
-            if reason is None:
-                credited.append(Credited(item.episode, item.reward, advantage))
-            else:
-                dropped[reason] += 1
+    for item, advantage in zip(items, advantages, strict=True):
+        reason = _why_not(item.episode, advantage)
+        if reason is None:
+            credited.append(Credited(item.episode, item.reward, advantage))
+        else:
+            dropped[reason] += 1
     singles = sum(len(group) == 1 for group in groups.values())
     return Credits(tuple(credited), dict(dropped), len(groups) - singles, singles)
 
 
-def _advantages(group: Sequence[Rewarded], algorithm: Algorithm, baseline: Baseline) -> list[float]:
-    if len(group) == 1:
-        return [group[0].reward - baseline.value(group[0].episode.task_key)]
-    rewards = torch.tensor([item.reward for item in group], dtype=torch.float64)
-    return [float(advantage) for advantage in algorithm.advantages(rewards)]
+def _outcomes(groups: Sequence[Sequence[Rewarded]], baseline: Baseline) -> Outcomes:
+    items = [item for group in groups for item in group]
+    values = [baseline.value(item.episode.task_key) for item in items]
+    return Outcomes(
+        rewards=torch.tensor([item.reward for item in items], dtype=torch.float64),
+        group=torch.tensor([number for number, group in enumerate(groups) for _ in group]),
+        tracked=torch.tensor(values, dtype=torch.float64),
+    )
 
 
 def _why_not(episode: Episode, advantage: float) -> str | None:

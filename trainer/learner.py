@@ -23,7 +23,8 @@ from torch import Tensor
 from feedback.spec import TrainingSpec
 from trainer.algorithms import Algorithm, Loss, TokenBatch
 from trainer.batch import Microbatch, Sample, microbatches
-from trainer.model import LoraModel
+from trainer.model import LoraModel, TokenLogprobs
+from trainer.surrogates import divergence
 
 
 class UpdateDiverged(Exception):
@@ -50,26 +51,38 @@ class Figures:
     sums: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped"), 0.0)
     )
+    kl_base: float | None = None
+    """None: the algorithm needs no reference."""
 
     def add(
-        self, loss: Loss, entropy: Tensor, log_ratio: Tensor, divergence: Tensor, fresh: Tensor
-    ) -> None:
-        """Take in a microbatch; all but the loss are [N]. `fresh`: not of a stale episode."""
-        ratio = log_ratio.exp()
+        self, loss: Loss, scored: TokenLogprobs, tokens: TokenBatch, *, fresh: Tensor
+    ) -> Tensor:
+        """Take in a microbatch. `fresh` [N]: not of a stale episode.
+
+        Returns each token's divergence from who sampled it, [N].
+        """
+        logprobs, fresh = scored.logprobs.detach(), fresh.to(scored.logprobs.device)
+        log_ratio = logprobs - tokens.behaviour
+        ratio, strayed = log_ratio.exp(), divergence(tokens.behaviour, logprobs)
         self.tokens += len(ratio)
         self.sums["loss"] += float(loss.value.detach())
-        self.sums["kl"] += float(divergence.sum())
-        self.sums["entropy"] += float(entropy.sum())
+        self.sums["kl"] += float(strayed.sum())
+        self.sums["entropy"] += float(scored.entropy.sum())
         self.sums["ratio"] += float(ratio.sum())
         self.sums["clipped"] += float(loss.clipped.sum())
         self.ratio_max = max(self.ratio_max, float(ratio.max()))
         if self.steps == 0 and fresh.any():
             # Nothing has moved yet: what differs is the engine from this model.
             self.engine_gap = max(self.engine_gap, float(log_ratio[fresh].abs().max()))
+        if tokens.reference is not None:
+            left = float(divergence(logprobs, tokens.reference).sum())
+            self.kl_base = (self.kl_base or 0.0) + left
+        return strayed
 
     def summary(self) -> dict[str, float]:
         tokens = max(1, self.tokens)
-        return {
+        extra = {} if self.kl_base is None else {"kl_base": self.kl_base / tokens}
+        return extra | {
             "loss": self.sums["loss"] / max(1, self.steps),
             "kl": self.sums["kl"] / tokens,
             "kl_max": self.kl_max,
@@ -120,12 +133,12 @@ def update(
     work.total = fed * spec.epochs
     for minibatch in _minibatches(samples, spec, random.Random(seed)):  # noqa: S311 - not a secret
         optimizer.zero_grad(set_to_none=True)
-        divergence = work.accumulate(minibatch, spec.minibatch_episodes)
-        if divergence > spec.kl_stop:
+        furthest = work.accumulate(minibatch, spec.minibatch_episodes)
+        if furthest > spec.kl_stop:
             work.figures.stopped_by_kl = True
             if not work.figures.steps:
                 raise UpdateDiverged(
-                    f"an episode is {divergence:.0f} nats from the version that sampled it before "
+                    f"an episode is {furthest:.0f} nats from the version that sampled it before "
                     f"any step, expected at most kl_stop = {spec.kl_stop:g}; nothing was changed; "
                     "raise kl_stop, or lower max_staleness"
                 )
@@ -152,9 +165,16 @@ class _Work:
     def accumulate(self, minibatch: Sequence[Sample], size: int) -> float:
         """Add the minibatch's gradient; returns the largest KL of an episode, nats."""
         kl = torch.zeros(len(minibatch))
-        for batch in microbatches(minibatch, token_budget=self.token_budget):
+        stale = torch.tensor([sample.stale for sample in minibatch])
+        mean_tokens = sum(sample.n_trained for sample in minibatch) / len(minibatch)
+        needs = self.algorithm.needs
+        for batch in microbatches(
+            minibatch, token_budget=self.token_budget, whole_episodes=needs.whole_episodes
+        ):
+            # Before the pass that is differentiated: switching the adapter touches its weights.
+            reference = self.model.base_logprobs(batch) if needs.reference else None
             scored = self.model.logprobs(batch)
-            tokens = _token_batch(batch, size, scored.logprobs.device)
+            tokens = _token_batch(batch, size, mean_tokens, reference, scored.logprobs.device)
             loss = self.algorithm.loss(scored.logprobs, tokens)
             if not torch.isfinite(loss.value):
                 raise UpdateDiverged(
@@ -163,13 +183,8 @@ class _Work:
                     "or lower learning_rate"
                 )
             torch.autograd.backward(loss.value)
-            log_ratio = scored.logprobs.detach() - tokens.behaviour
-            # Schulman's k3: unbiased under the behaviour policy, and never negative.
-            divergence = log_ratio.exp() - 1 - log_ratio
-            kl.index_add_(0, batch.episode, divergence.cpu())
-            fresh = ~torch.tensor([sample.stale for sample in minibatch])[batch.episode]
-            fresh = fresh.to(log_ratio.device)
-            self.figures.add(loss, scored.entropy, log_ratio, divergence, fresh)
+            strayed = self.figures.add(loss, scored, tokens, fresh=~stale[batch.episode])
+            kl.index_add_(0, batch.episode, strayed.cpu())
             self._progress(batch)
         largest = float(kl.max())
         self.figures.kl_max = max(self.figures.kl_max, largest)
@@ -180,11 +195,23 @@ class _Work:
         self.on_progress(self.done, self.total, self.figures.summary())
 
 
-def _token_batch(batch: Microbatch, minibatch_size: int, device: torch.device) -> TokenBatch:
+def _token_batch(
+    batch: Microbatch,
+    minibatch_size: int,
+    mean_tokens: float,
+    reference: Tensor | None,
+    device: torch.device,
+) -> TokenBatch:
     return TokenBatch(
         behaviour=batch.behaviour.to(device),
         advantages=batch.advantages.to(device),
         scale=(batch.scale / minibatch_size).to(device),
+        episode=batch.episode.to(device),
+        turn=batch.turn.to(device),
+        n_tokens=batch.n_tokens.to(device),
+        n_turns=batch.n_turns.to(device),
+        mean_tokens=mean_tokens,
+        reference=reference,
     )
 
 

@@ -122,6 +122,12 @@ class LoraModel:
             torch.cat([entropy for _, entropy in pieces]),
         )
 
+    @torch.no_grad()
+    def base_logprobs(self, batch: Microbatch) -> Tensor:
+        """log p of every trained token under the base model: the adapter is switched off. [N]."""
+        with self._attached.disable_adapter():
+            return self.logprobs(batch).logprobs
+
     def probe(self, token_ids: list[int]) -> Probe:
         """What the adapter, and the base without it, say of a token sequence at temperature 1."""
         return Probe(

@@ -2,9 +2,9 @@
 
     judge(candidates that an earlier run left behind)
     claim    = store.claim(spec, live version)             # lease and fence; None: not yet
-    credits  = credit(claim.episodes, baseline)            # leave-one-out, or the tracked value
+    credits  = credit(claim.episodes, baseline)            # the algorithm's advantages
     adapter  = model.attach(live version's weights)        # never the last candidate's
-    figures  = update(adapter, samples of the credits)     # LOOP; ends early on KL or NaN
+    figures  = update(adapter, samples of the credits)     # its loss; ends early on KL or NaN
     version  = registry.publish(adapter, probe)            # an immutable folder, no traffic yet
     checkpoints.save(version, optimizer, baseline)
     store.finish(claim, also = "version is a candidate")   # one transaction: consumed + candidate
@@ -27,15 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.errors import LeaseLost
-from feedback.spec import CanarySpec, LearningSpec, TrainingSpec
+from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
 from policy.registry import Registry
 from policy.releases import ReleaseConflict, ReleaseError, Releases
 from policy.types import Adapter, AdapterRef, Probe
 from policy.validation import AdapterInvalid, RegistryError
-from trainer.algorithms import Algorithm
-from trainer.algorithms.loop import Loop
+from trainer.algorithms.choice import chosen
 from trainer.baseline import Baseline
 from trainer.batch import Sample, sample_of
 from trainer.checkpoint import Checkpoint, Checkpoints
@@ -147,7 +146,7 @@ class Trainer:
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
         baseline = self._baseline(live)
-        credits = credit(claim.episodes, _algorithm(spec.training), baseline)
+        credits = credit(claim.episodes, chosen(spec.training), baseline)
         figures = _batch_figures(claim, credits)
         logger.info("an update of %s begins", live, extra={"figures": figures})
         self._store.update_run(claim, "training", figures)
@@ -179,7 +178,7 @@ class Trainer:
             self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
         ) as heartbeat:
             figures = update(
-                self._model, optimizer, samples, training, _algorithm(training),
+                self._model, optimizer, samples, training, chosen(training),
                 seed=seed, token_budget=self._settings.microbatch_tokens, on_progress=heartbeat,
             )  # fmt: skip
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
@@ -280,10 +279,6 @@ class Trainer:
             if checkpoint is not None:
                 return checkpoint.baseline
         return Baseline()
-
-
-def _algorithm(training: TrainingSpec) -> Algorithm:
-    return Loop(training.clip_low, training.clip_high, training.ratio_cap)
 
 
 def _seed(seed: int, live: AdapterRef, claim: Claim) -> int:

@@ -75,3 +75,32 @@ def test_microbatches_keep_the_budget_and_lose_nothing() -> None:
     shapes = [tuple(batch.input_ids.shape) for batch in batches]
     assert shapes == [(1, 199), (2, 29), (4, 5)]  # 200 alone; 30 + 29; 6, 5, 4, 3
     assert sorted(i for batch in batches for i in batch.episode.tolist()) == list(range(7))
+
+
+def test_each_token_knows_its_turn_and_how_much_its_episode_sampled() -> None:
+    # Ids 5 and 8 are a prompt and a tool's answer; a row in which nothing stands between two turns
+    # has one run of sampled ids.
+    forked = Sample(
+        (Row([5, 1, 2, 8, 3], [1, 2, 4], [-0.1] * 3), Row([5, 4], [1], [-0.1])),
+        1.0, 1.0, stale=False,
+    )  # fmt: skip
+    whole = Sample((Row([5, 5, 1, 2], [2, 3], [-0.1] * 2),), 1.0, 1.0, stale=False)
+    assert (forked.n_turns, whole.n_turns) == (3, 1)
+    (batch,) = microbatches([forked, whole], token_budget=100)
+    assert batch.turn.tolist() == [0, 0, 1, 2, 2, 3]  # rows of 5, 4 and 2 ids
+    assert batch.n_turns.tolist() == [3, 3, 3, 1, 1, 3]
+    assert batch.n_tokens.tolist() == [4, 4, 4, 2, 2, 4]
+
+
+def test_whole_episodes_stay_in_one_microbatch_beyond_the_budget() -> None:
+    def rows(*lengths: int) -> Sample:
+        made = tuple(Row(list(range(1, n + 1)), [n - 1], [-0.1]) for n in lengths)
+        return Sample(made, 1.0, 1.0, stale=False)
+
+    samples = [rows(10, 3), rows(4), rows(30, 30), rows(9)]
+    shapes, episodes = [], []
+    for batch in microbatches(samples, token_budget=40, whole_episodes=True):
+        shapes.append(tuple(batch.input_ids.shape))
+        episodes.append(batch.episode.tolist())
+    assert shapes == [(2, 29), (4, 9)]  # 60 padded tokens in the first, for one episode
+    assert episodes == [[2, 2], [0, 0, 3, 1]]

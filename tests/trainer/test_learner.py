@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from feedback.spec import TrainingSpec
+from trainer.algorithms.grpo import Grpo
 from trainer.algorithms.loop import Loop
 from trainer.batch import Row, Sample
 from trainer.learner import UpdateDiverged, new_optimizer, update
 from trainer.model import LoraModel
+from trainer.surrogates import Unit
 
 SPEC = TrainingSpec(learning_rate=3e-3, minibatch_episodes=2, clip_low=0.2, clip_high=0.2)
 GOOD, BAD = [3, 4, 5, 6, 7], [3, 4, 8, 9, 10]
@@ -148,3 +150,42 @@ def test_an_update_without_a_possible_step_is_no_version(model: LoraModel) -> No
     spec = SPEC.model_copy(update={"kl_stop": 1.0})
     with pytest.raises(UpdateDiverged, match="before any step, expected at most kl_stop = 1"):
         run(model, [sample(model, GOOD, 1.0, stale=True, shift=-3.0)], spec)
+
+
+def test_an_episodes_ratio_is_of_all_its_rows(model: LoraModel) -> None:
+    # Each row is e^0.3 = 1.35 times likelier than when sampled: inside the clip of 1.5. Both: 1.82.
+    rows = sample(model, GOOD, 1.0, shift=-0.1).rows + sample(model, BAD, 1.0, shift=-0.1).rows
+    forked = Sample(rows, 1.0, 1.0, stale=False)
+    cases: list[tuple[Unit, float]] = [("turn", 0.0), ("trajectory", 1.0)]
+    for ratio, clipped in cases:
+        algorithm = Loop(0.5, 0.5, 2.0, ratio)
+        optimizer = new_optimizer(model, 1e-9, None)
+        figures = update(
+            model, optimizer, [forked], SPEC, algorithm,
+            seed=0, token_budget=1, on_progress=ignore,
+        )  # fmt: skip
+        assert figures["clip_fraction"] == clipped
+        assert (figures["grad_norm"] == 0) == (ratio == "trajectory")
+
+
+def test_the_distance_from_the_base_model_is_measured_and_punished(model: LoraModel) -> None:
+    spec = SPEC.model_copy(update={"epochs": 20})
+    first = run(model, [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)], spec)
+    assert "kl_base" not in first
+    probe = model.probe(GOOD)
+    gaps = [b - a for a, b in zip(probe.logprobs[1:], probe.base_logprobs[1:], strict=True)]
+    k3 = sum(math.exp(gap) - 1 - gap for gap in gaps) / len(gaps)
+    assert k3 > 0.05
+
+    def pulled() -> dict[str, float]:
+        # No advantage: what is left of the loss is the pull back to the base.
+        samples = [sample(model, GOOD, 0.0)]
+        return update(
+            model, new_optimizer(model, 3e-3, None), samples, SPEC, Grpo(0.2, 0.2, 2.0, 1.0),
+            seed=0, token_budget=64, on_progress=ignore,
+        )  # fmt: skip
+
+    figures = pulled()
+    assert figures["kl_base"] == pytest.approx(k3, rel=1e-4)
+    assert figures["loss"] == pytest.approx(k3 / SPEC.minibatch_episodes, rel=1e-4)
+    assert pulled()["kl_base"] < figures["kl_base"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.advantages import leave_one_out
 from trainer.algorithms import TokenBatch
-from trainer.algorithms.loop import Loop, leave_one_out
+from trainer.algorithms.loop import Loop
 
 
 def tokens(advantages: list[float], *, scale: float = 1.0) -> TokenBatch:
@@ -18,6 +19,12 @@ def tokens(advantages: list[float], *, scale: float = 1.0) -> TokenBatch:
         behaviour=torch.zeros(n),
         advantages=torch.tensor(advantages),
         scale=torch.full((n,), scale),
+        episode=torch.arange(n),
+        turn=torch.arange(n),
+        n_tokens=torch.ones(n),
+        n_turns=torch.ones(n),
+        mean_tokens=1.0,
+        reference=None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,20 @@ def test_entropy_is_of_the_tempered_distribution(base_folder: Path) -> None:
     logprobs = (logits[[1, 2, 5]] / 0.7).log_softmax(-1)
     expected = -(logprobs.exp() * logprobs).sum(-1)
     torch.testing.assert_close(model.logprobs(batch).entropy, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_base_model_is_the_adapter_switched_off(base_folder: Path) -> None:
+    model = trained_model(base_folder)
+    (sample, *_) = samples()
+    (row,) = sample.rows
+    (batch,) = microbatches([replace(sample, temperature=1.0)], token_budget=100)
+    base = model.base_logprobs(batch)
+    probe = model.probe(row.token_ids)
+    assert base.tolist() == pytest.approx([probe.base_logprobs[p - 1] for p in row.trained])
+    # It is on again afterwards, and still trained.
+    scored = model.logprobs(batch).logprobs
+    again = scored.detach()
+    expected = [probe.logprobs[p - 1] for p in row.trained]
+    assert again.tolist() == pytest.approx(expected, abs=1e-6)
+    assert float((again - base).abs().max()) > 0.01
+    assert scored.requires_grad
