@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from feedback.spec import TrainingSpec
+from feedback.spec import OPTIONS, TrainingSpec
+from trainer.algorithms.choice import chosen
 from trainer.algorithms.grpo import Grpo
 from trainer.algorithms.loop import Loop
 from trainer.batch import Row, Sample
@@ -166,6 +167,38 @@ def test_an_episodes_ratio_is_of_all_its_rows(model: LoraModel) -> None:
         )  # fmt: skip
         assert figures["clip_fraction"] == clipped
         assert (figures["grad_norm"] == 0) == (ratio == "trajectory")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"algorithm": name} for name in OPTIONS),
+        {"ratio": "turn"},
+        {"ratio": "trajectory"},
+        {"algorithm": "grpo", "kl_base": 0.5},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
+)
+def test_how_rows_are_packed_does_not_matter(base_folder: Path, options: dict[str, object]) -> None:
+    spec = TrainingSpec.model_validate({**options, "minibatch_episodes": 3})
+    found = []
+    for budget in (1, 12, 1000):
+        model = LoraModel(base_folder)
+        model.attach(rank=4, alpha=8, seed=0, start=None)
+        rows = sample(model, GOOD, 0.7, shift=-0.03).rows + sample(model, BAD, 0.7, shift=0.1).rows
+        samples = [
+            Sample(rows, 0.7, 1.0, stale=False),
+            sample(model, [3, 4, 9, 11, 12], -0.6, shift=0.02),
+            Sample((Row([3, 12], [1], [-3.0]),), 0.5, 1.0, stale=True),
+        ]
+        figures = update(
+            model, new_optimizer(model, 1e-3, None), samples, spec, chosen(spec),
+            seed=0, token_budget=budget, on_progress=ignore,
+        )  # fmt: skip
+        found.append([figures["loss"], figures["grad_norm"], figures["clip_fraction"]])
+    assert found[0][1] > 1e-4
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
 
 
 def test_the_distance_from_the_base_model_is_measured_and_punished(model: LoraModel) -> None:
