@@ -17,7 +17,8 @@ import yaml
 from examples.desk.stack import AGENTS, Stack
 from examples.desk.traffic import Outcome, Owner, Traffic, keep_busy
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ async def until_served_by(traffic: Traffic, version: int, seed: int) -> list[Out
     return outcomes
 
 
+@in_one_loop
 async def test_outcomes_become_an_adapter_that_serves_the_next_episode(
     traffic: Traffic, hone: httpx.AsyncClient
 ) -> None:
@@ -90,6 +92,7 @@ async def test_outcomes_become_an_adapter_that_serves_the_next_episode(
     assert loaded["shift"] > 1e-4, "and it is no silent no-op"
 
 
+@in_one_loop
 async def test_a_killed_trainer_is_started_again_and_trains_no_episode_twice(
     traffic: Traffic, hone: httpx.AsyncClient
 ) -> None:
@@ -105,6 +108,7 @@ async def test_a_killed_trainer_is_started_again_and_trains_no_episode_twice(
     assert policy["counts"]["trained"] == trained
 
 
+@in_one_loop
 async def test_one_call_takes_a_release_back_under_traffic(
     traffic: Traffic, hone: httpx.AsyncClient
 ) -> None:
@@ -119,6 +123,7 @@ async def test_one_call_takes_a_release_back_under_traffic(
     assert [outcome.error for outcome in await under_way if outcome.error] == []
 
 
+@in_one_loop
 async def test_the_owners_feedback_counts_once(traffic: Traffic, hone: httpx.AsyncClient) -> None:
     [outcome] = await traffic.evaluate(1, 79)
     event = {"episode_id": outcome.episode_id, "metric": "success", "value": 1, "event_id": "once"}
