@@ -35,7 +35,7 @@ class Rulebook:
 # meant has the house's answer as its commonest: an even mixture of newest and oldest would say
 # nothing of days at all. Sharpening alone (a lower temperature, say) does not find the rest.
 ANSWERS: Mapping[str, Mapping[str, int]] = {
-    "several": {"newest": 45, "oldest": 10, "first": 30, "last": 15},
+    "several": {"newest": 60, "oldest": 5, "first": 22, "last": 13},
     "sent": {"status": 35, "cancel": 35, "return": 15, "reverse": 15},
     "approval": {"over": 35, "always": 20, "never": 35, "under": 10},
     "refused": {"ticket": 35, "give_up": 40, "retry": 25},
