@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, case, func, insert, or_, select, update
 from sqlmodel import Session
 
 from feedback.errors import LeaseLost
+from feedback.locks import lock_items
 from feedback.readiness import count_drops, line_of, pool_of, triggered
 from feedback.rows import ITEM, LINE, RUN
 from feedback.spec import LearningSpec
@@ -56,6 +57,8 @@ def grant(
         if not triggered(spec.training, pool_of(connection, spec, live_version, now), now):
             return None
         run_id = _new_run(connection, spec, live_version, owner, now)
+        if run_id is None:
+            return None
     else:
         run_id = run.id
     fence = line.fence + 1
@@ -100,6 +103,7 @@ def finish(
             "finished_at": now,
         },
     )
+    lock_items(connection, ITEM.c.run_id == claim.id)
     connection.execute(update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "trained"})
     if also is not None:
         with Session(connection) as session:
@@ -110,6 +114,7 @@ def finish(
 def abandon(connection: Connection, claim: Claim, reason: str, now: float) -> None:
     """Give the batch back, to be claimed anew. Raises LeaseLost."""
     _change(connection, claim, {"state": "abandoned", "reason": reason, "finished_at": now})
+    lock_items(connection, ITEM.c.run_id == claim.id)
     connection.execute(
         update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "touched", "run_id": None}
     )
@@ -135,6 +140,7 @@ def _unfinished(connection: Connection, policy: str, owner: str, now: float) -> 
         )
         .order_by(case((own, 0), else_=1), RUN.c.id)
         .limit(1)
+        .with_for_update()  # its late holder may be finishing it at this moment
     ).first()
 
 
@@ -142,11 +148,10 @@ def _drop_stale(connection: Connection, spec: LearningSpec, live_version: int, n
     """Versions above live count by distance too: rejected or rolled back, they are off-policy."""
     staleness = spec.training.max_staleness
     near = ITEM.c.version.between(live_version - staleness, live_version + staleness)
+    far = (ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now, ~near)
+    lock_items(connection, *far)
     result = connection.execute(
-        update(ITEM).where(
-            ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now, ~near
-        ),
-        {"state": "dropped", "drop_reason": "stale"},
+        update(ITEM).where(*far), {"state": "dropped", "drop_reason": "stale"}
     )
     if result.rowcount:
         count_drops(connection, spec.policy, {"stale": result.rowcount})
@@ -154,10 +159,11 @@ def _drop_stale(connection: Connection, spec: LearningSpec, live_version: int, n
 
 def _new_run(
     connection: Connection, spec: LearningSpec, live_version: int, owner: str, now: float
-) -> int:
-    """Make a run and put ready episodes into it, those nearest to the live version first.
+) -> int | None:
+    """Make a run of ready episodes, those nearest to the live version first; None if none is left.
 
-    Oldest first would, under more traffic than is trained on, train on the stalest for ever.
+    Oldest first would, under more traffic than is trained on, train on the stalest for ever. One
+    whose reward is changing at this moment is no longer ready: it is passed over.
     """
     distance = func.abs(ITEM.c.version - live_version)
     freshest = (
@@ -165,8 +171,11 @@ def _new_run(
         .where(ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now)
         .order_by(distance, ITEM.c.ended_at.desc(), ITEM.c.episode_id)
         .limit(spec.training.max_episodes)
+        .with_for_update(skip_locked=True)
     )
     ids = connection.execute(freshest).scalars().all()
+    if not ids:
+        return None
     run_id: int = connection.execute(
         insert(RUN).returning(RUN.c.id),
         {
@@ -183,7 +192,8 @@ def _new_run(
         },
     ).scalar_one()
     connection.execute(
-        update(ITEM).where(ITEM.c.episode_id.in_(freshest)), {"state": "claimed", "run_id": run_id}
+        update(ITEM).where(ITEM.c.episode_id == bindparam("id")),
+        [{"id": id, "state": "claimed", "run_id": run_id} for id in ids],
     )
     connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"dropped_since": {}})
     return run_id

@@ -1,16 +1,20 @@
-"""Opening the database: connections, durability and schema. The one file that knows the dialect.
+"""Opening the database, SQLite or Postgres: durability, schema, and what they say differently.
 
 SQLite runs in WAL mode with synchronous=FULL, so that a commit which returned is on disk even if
-the power fails; NORMAL would lose the last ones.
+the power fails; NORMAL would lose the last ones. Postgres is set up in `feedback.postgres`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+
+from feedback.finite import finite_json
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_SECONDS = 30
@@ -18,28 +22,46 @@ _WRITES = "hone_writes"
 
 
 def open_database(url: str) -> Engine:
-    """An engine on a database at the newest schema; makes its folder and file if need be."""
+    """An engine on a database at the newest schema; makes SQLite's folder and file if need be.
+
+    Raises ValueError for what is no such URL, RecordUnavailable if Postgres does not answer.
+    """
     parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        raise ValueError(f"database is {url!r}; expected sqlite:///PATH")
-    if parsed.database in (None, "", ":memory:"):
-        raise ValueError(f"database is {url!r}; expected a file, sqlite:///PATH: memory forgets")
-    Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed)
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    _use_wal(engine)
+    engine = _OPENED_BY.get(parsed.get_backend_name(), _refuse)(parsed)
     migrate(engine)
     return engine
 
 
 def writing(engine: Engine) -> Engine:
-    """The same database, for transactions that write: they take the write lock as they begin.
+    """The same database, for transactions that write: on SQLite they take the write lock as they
+    begin. Postgres has no such lock, and row locks in the SQL.
 
-    On the plain engine a transaction begins as a reader, which never waits. One that reads first
-    and writes later fails there if another writer came in between, and no time-out cures that.
+    On SQLite's plain engine a transaction begins as a reader, which never waits. One that reads
+    first and writes later fails there if another writer came in between; no time-out cures that.
     """
     return engine.execution_options(**{_WRITES: True})
+
+
+def insert_absent(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that leaves out rows whose key is taken, also by one who commits meanwhile."""
+    kinds: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+    statement: sqlite.Insert | postgresql.Insert = kinds[connection.dialect.name](table)
+    return statement.on_conflict_do_nothing()
+
+
+def transaction_id(connection: Connection) -> str | None:
+    """Names the running transaction, for `has_committed`. None on SQLite: a commit that raised
+    there did not happen."""
+    if not _is_postgres(connection):
+        return None
+    return str(connection.scalar(text("SELECT CAST(pg_current_xact_id() AS text)")))
+
+
+def has_committed(connection: Connection, transaction: str) -> bool | None:
+    """Whether that transaction is on disk; None while it is still open."""
+    query = text("SELECT pg_xact_status(CAST(:id AS xid8))")
+    status = connection.scalar(query, {"id": transaction})
+    return None if status == "in progress" else status == "committed"
 
 
 def migrate(engine: Engine) -> None:
@@ -51,8 +73,47 @@ def migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     with writing(engine).begin() as connection:
+        if _is_postgres(connection):
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('hone/migrations'))"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _is_postgres(connection: Connection) -> bool:
+    return connection.dialect.name == "postgresql"
+
+
+def _open_postgres(url: URL) -> Engine:
+    # The driver takes longer to import than the rest of this room together.
+    from feedback.postgres import open_postgres  # noqa: PLC0415
+
+    return open_postgres(url)
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if url.database in (None, "", ":memory:"):
+        raise ValueError(
+            f"database is {str(url)!r}; expected a file, sqlite:///PATH: memory forgets"
+        )
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, json_serializer=finite_json)
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    _use_wal(engine)
+    return engine
+
+
+def _refuse(url: URL) -> Engine:
+    raise ValueError(
+        f"database is {url.render_as_string()!r}; expected sqlite:///PATH or "
+        "postgresql://USER:PASSWORD@HOST/NAME"
+    )
+
+
+_OPENED_BY: Mapping[str, Callable[[URL], Engine]] = {
+    "sqlite": _open_sqlite,
+    "postgresql": _open_postgres,
+}
 
 
 def _configure(connection: Any, _record: object) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, insert, or_, select, update
 
 from feedback import events
+from feedback.database import insert_absent
 from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
 from feedback.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
 from feedback.reward import effective_values
 from feedback.rows import EPISODE, ID_LENGTH, ITEM, TURN
+from feedback.texts import is_storable, storable
 from feedback.types import Episode, Purpose, ToolCall, Turn
 
 _PARAMETERS = 500
@@ -49,9 +51,9 @@ class EpisodeSummary:
 def begin(connection: Connection, episode: Episode) -> None:
     """Record that an episode began, with whatever turns it already has; raises EpisodeExists."""
     _check_names(episode)
-    if _row(connection, episode.id) is not None:
+    statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
+    if connection.execute(statement, _episode_values(episode)).first() is None:
         raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
-    connection.execute(insert(EPISODE), _episode_values(episode))
     if episode.purpose != "evaluation":
         connection.execute(
             insert(ITEM),
@@ -91,10 +93,10 @@ def append_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
             "prompt_ids": prompt[4 * row.context_length :] if extends else prompt,
             "token_ids": sampled,
             "logprobs": None if turn.logprobs is None else pack_logprobs(turn.logprobs),
-            "text": _storable(turn.text),
+            "text": storable(turn.text),
             "stop_reason": turn.stop_reason,
             "tool_calls": [dataclasses.asdict(call) for call in turn.tool_calls],
-            "fault": None if turn.fault is None else _storable(turn.fault),
+            "fault": None if turn.fault is None else storable(turn.fault),
             "started_at": turn.started_at,
             "seconds": turn.seconds,
         },
@@ -190,7 +192,9 @@ def _row(connection: Connection, episode_id: str) -> Row[Any] | None:
 
 
 def _running(connection: Connection, episode_id: str) -> Row[Any]:
-    row = _row(connection, episode_id)
+    """The episode, locked until the caller's transaction ends."""
+    query = select(EPISODE).where(EPISODE.c.id == episode_id).with_for_update()
+    row = connection.execute(query).first()
     if row is None:
         raise EpisodeMissing(f"no episode {episode_id!r}; begin it first")
     if row.stop_reason is not None:
@@ -205,15 +209,12 @@ def _check_names(episode: Episode) -> None:
             raise ValueError(
                 f"{name} has {len(value)} characters; expected 1 to {ID_LENGTH}: {value[:40]!r}"
             )
+        if value is not None and not is_storable(value):
+            raise ValueError(f"{name} is {value[:40]!r}; expected valid Unicode without NUL")
 
 
 def _digest(packed: bytes) -> bytes:
     return hashlib.blake2b(packed, digest_size=16).digest()
-
-
-def _storable(text: str) -> str:
-    """UTF-8 cannot hold lone surrogates, which JSON escapes can smuggle into a string."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
@@ -227,7 +228,7 @@ def _episode_values(episode: Episode) -> dict[str, Any]:
         "policy": episode.policy,
         "version": episode.version,
         "agent": episode.agent,
-        "task_key": _storable(episode.task_key),
+        "task_key": storable(episode.task_key),
         "purpose": episode.purpose,
         "temperature": episode.temperature,
         "started_at": episode.started_at,

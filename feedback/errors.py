@@ -1,4 +1,4 @@
-"""What the record refuses, as one tree.
+"""What the record refuses, as one tree, and that it cannot be reached.
 
 Malformed values (a reward that is not a number, token ids and log-probabilities of different
 lengths) are plain ValueErrors: the caller broke a type's contract, not the record's state.
@@ -17,6 +17,18 @@ class RecordError(Exception):
     ├── TurnOutOfOrder   a turn's index is not the next one
     └── LeaseLost        another trainer holds this claim, or it is over
     """
+
+
+class RecordUnavailable(Exception):
+    """The database cannot be asked now. No refusal: the same call may succeed a moment later.
+
+    RecordUnavailable
+    └── OutcomeUnknown   the connection broke during a commit, which may or may not have happened
+    """
+
+
+class OutcomeUnknown(RecordUnavailable):
+    pass
 
 
 class EpisodeMissing(RecordError):

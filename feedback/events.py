@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, select, update
 
+from feedback.database import insert_absent
+from feedback.locks import lock_items
 from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM
+from feedback.texts import is_storable
 from feedback.types import FeedbackEvent
 
 _Key = tuple[str, str, str]
@@ -60,23 +63,27 @@ def add(connection: Connection, events: Sequence[FeedbackEvent]) -> list[Receipt
         check(event)
     known = _known(connection, [_key(event) for event in events])
     existing = _existing(connection, [event.episode_id for event in events])
-    fresh: list[FeedbackEvent] = []
+    fresh: dict[_Key, FeedbackEvent] = {}
+    for event in events:
+        if _key(event) not in known:
+            fresh.setdefault(_key(event), event)
+    written = _insert(connection, list(fresh.values()))
+    # What another process committed since the look-up is known now.
+    known |= _known(connection, list(fresh.keys() - written))
+    here = {
+        fresh[key].episode_id for key in written if existing.get(fresh[key].episode_id) == key[0]
+    }
+    _touch(connection, sorted(here))
     receipts: list[Receipt] = []
     for event in events:
-        before = known.get(_key(event))
-        parked = existing.get(event.episode_id) != event.tenant
-        if before is None:
-            known[_key(event)] = event
-            fresh.append(event)
-            receipts.append(Receipt(event.event_id, "recorded", parked))
+        status: Literal["recorded", "duplicate", "conflict"] = "recorded"
+        before = known.setdefault(_key(event), event)
+        if _key(event) in written:
+            written.remove(_key(event))  # a repeat in the same call is one
         else:
-            status: Literal["duplicate", "conflict"]
             status = "duplicate" if _same(before, event) else "conflict"
-            receipts.append(Receipt(event.event_id, status, parked))
-    if fresh:
-        connection.execute(insert(FEEDBACK), [_values(event) for event in fresh])
-        here = {e.episode_id for e in fresh if existing.get(e.episode_id) == e.tenant}
-        _touch(connection, sorted(here))
+        parked = existing.get(event.episode_id) != event.tenant
+        receipts.append(Receipt(event.event_id, status, parked))
     return receipts
 
 
@@ -106,6 +113,17 @@ def _known(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, FeedbackE
     return found
 
 
+def _insert(connection: Connection, events: Sequence[FeedbackEvent]) -> set[_Key]:
+    """Keys of the events that were not there yet, and now are."""
+    if not events:
+        return set()
+    statement = insert_absent(connection, FEEDBACK).returning(
+        FEEDBACK.c.tenant, FEEDBACK.c.source, FEEDBACK.c.event_id
+    )
+    rows = connection.execute(statement, [_values(event) for event in events])
+    return {(row.tenant, row.source, row.event_id) for row in rows}
+
+
 def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
     """Tenant of each episode that exists."""
     found: dict[str, str] = {}
@@ -116,8 +134,13 @@ def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
 
 
 def _touch(connection: Connection, ids: list[str]) -> None:
-    """Have these episodes' rewards worked out again; those in a run keep what it began with."""
+    """Have these episodes' rewards worked out again; those in a run keep what it began with.
+
+    All of them are locked, whatever their state: whoever is settling, ending or claiming one at
+    this moment comes wholly before this event or sees it.
+    """
     for some in _chunks(ids):
+        lock_items(connection, ITEM.c.episode_id.in_(some))
         connection.execute(
             update(ITEM).where(ITEM.c.episode_id.in_(some), ITEM.c.state.in_(_ENDED)),
             {"state": "touched"},
@@ -135,10 +158,8 @@ def _same(before: FeedbackEvent, now: FeedbackEvent) -> bool:
 
 
 def _check_text(name: str, value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"feedback {name} is {value[:40]!r}; expected valid Unicode") from error
+    if not is_storable(value):
+        raise ValueError(f"feedback {name} is {value[:40]!r}; expected valid Unicode without NUL")
 
 
 def _key(event: FeedbackEvent) -> _Key:

@@ -2,14 +2,17 @@
 
 An await returns only after COMMIT, so that what was acknowledged is on disk; sharing a commit
 among everybody who waits is what makes that cheap. An episode's calls keep their order. Reads, and
-all that is not on the serving path, go to `feedback.store`.
+all that is not on the serving path, go to `feedback.store`. While the database cannot be reached,
+writes wait for some seconds; then they fail with RecordUnavailable, and none was recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,14 +22,18 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from feedback import episodes, events
-from feedback.database import writing
-from feedback.errors import RecordError
+from feedback.database import has_committed, transaction_id, writing
+from feedback.errors import OutcomeUnknown, RecordError, RecordUnavailable
 from feedback.events import Receipt
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
 
 _MOST = 256
 """Writes that share a transaction: enough to spread the commit's cost, few enough to be quick."""
+
+_PATIENCE_SECONDS = 10.0
+"""How long a batch waits for a database that cannot be reached: a restart of it takes less."""
+_PAUSE_SECONDS = 0.2
 
 _REFUSALS = (
     RecordError,
@@ -140,21 +147,62 @@ def _drain(
 
 
 def _commit(database: Engine, batch: Sequence[_Write]) -> None:
-    """Apply a batch in one transaction, each write in a savepoint, and only then answer. Feedback
-    comes last: it may follow its episode, and what it says does not depend on order."""
+    """Record a batch, and only then answer. What the database cannot take now is tried again."""
     if not batch:
         return
+    give_up_at = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            _record(database, batch, give_up_at)
+        except RecordUnavailable as error:
+            if time.monotonic() < give_up_at and not isinstance(error, OutcomeUnknown):
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            _fail(batch, error)
+        except Exception as error:
+            _fail(batch, error)
+        break
+    for write in batch:
+        _answer(write)
+
+
+def _fail(batch: Sequence[_Write], error: Exception) -> None:
+    for write in batch:
+        write.error = error
+
+
+def _record(database: Engine, batch: Sequence[_Write], give_up_at: float) -> None:
+    """Apply a batch in one transaction, each write in a savepoint. Feedback comes last: it may
+    follow its episode, and what it says does not depend on order."""
+    for write in batch:
+        write.result = write.error = None
+    transaction = None
     try:
         with database.begin() as connection:
             for write in batch:
                 if not write.said:
                     write.result, write.error = _attempt(connection, write.apply)
             _add_feedback(connection, [write for write in batch if write.said])
-    except Exception as error:
-        for write in batch:
-            write.error = error
-    for write in batch:
-        _answer(write)
+            transaction = transaction_id(connection)
+    except OutcomeUnknown as error:
+        if transaction is None:
+            raise
+        is_on_disk = _is_on_disk(database, transaction, give_up_at)
+        if is_on_disk is None:
+            raise
+        if not is_on_disk:
+            raise RecordUnavailable("the database lost the commit; try again") from error
+
+
+def _is_on_disk(database: Engine, transaction: str, give_up_at: float) -> bool | None:
+    """Whether a transaction whose commit got no answer is on disk; None if nobody says in time."""
+    while time.monotonic() < give_up_at:
+        with contextlib.suppress(RecordUnavailable), database.connect() as connection:
+            is_on_disk = has_committed(connection, transaction)
+            if is_on_disk is not None:
+                return is_on_disk
+        time.sleep(_PAUSE_SECONDS)
+    return None
 
 
 def _add_feedback(connection: Connection, writes: Sequence[_Write]) -> None:

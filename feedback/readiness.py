@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, case, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, case, func, select, update
 
 from feedback import events
+from feedback.database import insert_absent
+from feedback.locks import lock_items
 from feedback.reward import outcome_of
 from feedback.rows import EPISODE, ITEM, LINE, RUN
 from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
@@ -45,7 +47,7 @@ def line_of(connection: Connection, policy: str) -> Row[Any]:
     row = connection.execute(query).first()
     if row is None:
         connection.execute(
-            insert(LINE),
+            insert_absent(connection, LINE),
             {"policy": policy, "reward_digest": "", "fence": 0, "dropped": {}, "dropped_since": {}},
         )
         row = connection.execute(query).one()
@@ -70,10 +72,9 @@ def settle(connection: Connection, spec: LearningSpec) -> bool:
     """
     line = line_of(connection, spec.policy)
     if line.reward_digest != _digest(spec.reward):
+        lock_items(connection, ITEM.c.policy == spec.policy, ITEM.c.state.in_(_REWARDED))
         connection.execute(
-            update(ITEM).where(
-                ITEM.c.policy == spec.policy, ITEM.c.state.in_(("pending", "ready"))
-            ),
+            update(ITEM).where(ITEM.c.policy == spec.policy, ITEM.c.state.in_(_REWARDED)),
             {"state": "touched"},
         )
         connection.execute(
@@ -91,6 +92,8 @@ def settle(connection: Connection, spec: LearningSpec) -> bool:
         .join(EPISODE, EPISODE.c.id == ITEM.c.episode_id)
         .where(ITEM.c.policy == spec.policy, ITEM.c.state == "touched")
         .limit(_CHUNK)
+        # One that is being touched again at this moment is left for the next time.
+        .with_for_update(of=ITEM, skip_locked=True)
     ).all()
     said = events.of_episodes(connection, [(row.tenant, row.episode_id) for row in rows])
     settled = [
@@ -184,6 +187,7 @@ def readiness(
     )
 
 
+_REWARDED = ("pending", "ready")
 _COUNTED = ("running", "pending", "claimed")
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     false,
+    func,
     select,
     update,
 )
@@ -320,9 +321,14 @@ class Releases:
             yield session
 
     def _locked_changes(self, session: Session, policy: str) -> list[Change]:
-        # A write that touches no row takes SQLite's write lock before the read: a transaction that
-        # reads first could not upgrade once another one has committed.
-        session.execute(update(ReleaseEventRow).where(false()).values(reason=""))
+        """The changes so far, with no other writer until this transaction ends."""
+        if session.get_bind().dialect.name == "postgresql":
+            name = f"hone/releases/{self._tenant}/{policy}"
+            session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+        else:
+            # A write that touches no row takes SQLite's write lock before the read: a transaction
+            # that reads first could not upgrade once another one has committed.
+            session.execute(update(ReleaseEventRow).where(false()).values(reason=""))
         return self._changes_in(session, policy)
 
     def _changes_in(self, session: Session, policy: str) -> list[Change]:

@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import Receive, Scope, Send
 
+from feedback.errors import RecordUnavailable
 from feedback.types import Purpose, Turn
 from policy.engine import EngineError
 from policy.types import AdapterRef
@@ -76,7 +77,7 @@ class StartedRun:
         return first
 
     async def to_end(self) -> tuple[RunEnded, list[Turn]]:
-        """Follow the run to its end. Raises ApiError if the engine fails it."""
+        """Follow the run to its end. Raises ApiError if the engine or the record fails it."""
         turns: list[Turn] = []
         episode_id: str | None = None
         try:
@@ -87,7 +88,7 @@ class StartedRun:
                     turns.append(event.turn)
                 elif isinstance(event, RunEnded):
                     return event, turns
-        except EngineError as error:
+        except (EngineError, RecordUnavailable) as error:
             raise _failed(error, episode_id) from error
         finally:
             await self.close()
@@ -144,7 +145,7 @@ async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
     return StartedRun(adapter, events, lease)
 
 
-def _failed(error: EngineError, episode_id: str | None) -> ApiError:
+def _failed(error: EngineError | RecordUnavailable, episode_id: str | None) -> ApiError:
     told = as_api_error(error)
     told.headers = dict(_NO_RETRY)
     if episode_id is not None:

@@ -24,7 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from feedback.errors import EpisodeExists, EpisodeMissing
+from feedback.errors import EpisodeExists, EpisodeMissing, RecordUnavailable
 from policy.chat import ChatFormatError
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineError, PromptTooLong
 
@@ -110,6 +110,7 @@ _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     EngineError: (Unavailable, "engine_unavailable", None),
     EpisodeExists: (Conflict, "episode_exists", "episode_id"),
     EpisodeMissing: (NotFound, "episode_not_found", "episode_id"),
+    RecordUnavailable: (Unavailable, "record_unavailable", None),
     ChatFormatError: (BadRequest, "invalid_messages", "messages"),
 }
 """What the rooms below raise, and what a client is told; the first match counts."""

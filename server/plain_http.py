@@ -17,6 +17,7 @@ from typing import Any, get_args
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from feedback.errors import RecordUnavailable
 from feedback.types import Purpose
 from policy.chat import ParsedTurn
 from policy.engine import EngineError
@@ -82,7 +83,7 @@ class PlainEpisodes:
         raw = message.get("body", b"")  # whole: BoundedBody has read it
         try:
             await self._serve(_parsed(raw), scope, receive, send)
-        except (ApiError, EngineError) as error:
+        except (ApiError, EngineError, RecordUnavailable) as error:
             await error_response(as_api_error(error))(scope, receive, send)
 
     async def _serve(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from feedback.errors import RecordError
+from feedback.errors import RecordError, RecordUnavailable
 from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
@@ -151,6 +151,9 @@ class PlainTraffic:
                 await self._log.end(episode.id, stop_reason, time.time())
             except RecordError as error:
                 logger.error("episode %s could not be ended: %s", episode.id, error)
+            except RecordUnavailable as error:
+                logger.warning("episode %s is ended later: %s", episode.id, error)
+                self._open[episode.id] = episode
 
     async def _begin(self, episode: OpenEpisode, generation: Generation) -> None:
         episode.temperature = generation.sampling.temperature

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Protocol
 
+from feedback.errors import RecordUnavailable
 from policy.engine import AdapterRefused, Engine, EngineDead
 from policy.leases import Leases
 from policy.registry import AdapterInvalid, Registry, RegistryError
@@ -81,6 +82,8 @@ class ReleaseController:
         self._unloading: set[AdapterRef] = set()
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._is_blind = False
+        """Whether the events could not be read the last time."""
 
     async def start(self) -> None:
         """Bring the engine to the recorded state, then follow it in the background."""
@@ -141,6 +144,11 @@ class ReleaseController:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.reconcile()
+                self._is_blind = False
+            except RecordUnavailable as error:
+                if not self._is_blind:
+                    logger.warning("release events cannot be read until it answers: %s", error)
+                self._is_blind = True
             except EngineDead:
                 logger.critical("the engine is dead; no release can be followed")
                 return

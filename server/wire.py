@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
+from feedback.finite import finite
 from feedback.types import Episode, Turn
 from server.agents.events import Usage
 
@@ -19,17 +18,6 @@ EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
 EPISODE_HEADER = "x-hone-episode"
 MAX_METADATA = 4096
 """Bytes of an episode's metadata."""
-
-
-def finite(value: Any) -> Any:
-    """`value` with every NaN and infinity in it as None: JSON has no word for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [finite(item) for item in value]
-    return value
 
 
 def turn_json(turn: Turn) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from feedback.errors import LeaseLost
+from feedback.errors import LeaseLost, RecordUnavailable
 from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
@@ -99,9 +99,15 @@ class Trainer:
         """Go over all policies until asked to stop; `once`: until none has work left."""
         try:
             while True:
-                worked = [self.advance(spec) for spec in specs().values()]
-                if any(worked):
-                    continue
+                try:
+                    worked = [self.advance(spec) for spec in specs().values()]
+                    if any(worked):
+                        continue
+                except RecordUnavailable as error:
+                    # What it interrupted is claimed again, by the same owner, when it answers.
+                    if once:
+                        raise
+                    logger.warning("the record cannot be reached; trying again: %s", error)
                 if once:
                     return
                 self._stop.wait(self._settings.poll_seconds)

@@ -16,6 +16,7 @@ from typing import Any
 import jmespath
 from jmespath.parser import ParsedResult
 
+from feedback.texts import is_storable
 from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN
 from feedback.webhooks.spec import Computed, MappingSpec
 
@@ -157,7 +158,7 @@ class PayloadMapping:
         found = self._found("comment", seen) if "comment" in self._expressions else None
         if found is None:
             return None
-        if not isinstance(found, str) or not _is_unicode(found):
+        if not isinstance(found, str) or not is_storable(found):
             raise Unmappable(f"comment is {_kind(found)}; expected text or null", "comment")
         return found[:_LONGEST_COMMENT]
 
@@ -174,7 +175,7 @@ class PayloadMapping:
 
 
 def _text(found: Any, key: str) -> str:
-    if not isinstance(found, str) or not 1 <= len(found) <= _LONGEST_ID or not _is_unicode(found):
+    if not isinstance(found, str) or not 1 <= len(found) <= _LONGEST_ID or not is_storable(found):
         got = f"text of {len(found)} characters" if isinstance(found, str) else _kind(found)
         raise Unmappable(
             f"{key} is {got}; expected valid Unicode text of 1 to {_LONGEST_ID} characters", key
@@ -199,14 +200,6 @@ def _instant(text: str) -> float | None:
 def _is_false(found: Any) -> bool:
     """As JMESPath has it: 0 is true."""
     return found is None or found is False or found in ("", [], {})
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _kind(found: Any) -> str:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 
+from feedback.errors import RecordUnavailable
 from feedback.webhooks.spec import WebhookFileError
 from policy.base_model import BaseModelError
 from policy.chat import ChatFormatError
@@ -50,6 +51,7 @@ START_ERRORS = (
     BaseModelError,
     ChatFormatError,
     EngineError,
+    RecordUnavailable,
     RegistryError,
     ReservedName,
     ToolUnavailable,

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from feedback.finite import finite
 from feedback.types import Turn
 from policy.types import AdapterRef
 from server.agent_runs import RunIn, RunStream, StartedRun, start_run
@@ -25,7 +26,7 @@ from server.agents.events import (
 )
 from server.errors import as_api_error, body_of
 from server.services import ServicesOf
-from server.wire import EPISODE_HEADER, finite, turn_json, usage_json
+from server.wire import EPISODE_HEADER, turn_json, usage_json
 
 router = APIRouter(prefix="/v1/agents", tags=["agents"])
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from feedback.texts import is_storable
 from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN, FeedbackEvent
 from feedback.webhooks.source import SOURCE_PREFIX
 from server.errors import Conflict
@@ -34,7 +35,13 @@ def _not_a_webhooks(source: str) -> str:
     return source
 
 
-Id = Annotated[str, Field(min_length=1, max_length=128, strict=True)]
+def _storable(text: str) -> str:
+    if not is_storable(text):
+        raise ValueError("expected text without NUL characters")
+    return text
+
+
+Id = Annotated[str, Field(min_length=1, max_length=128, strict=True), AfterValidator(_storable)]
 Number = Annotated[
     float,
     BeforeValidator(_number),
@@ -56,7 +63,7 @@ class FeedbackIn(BaseModel):
         Field(None, description="When it became true, Unix seconds; the latest wins. Default: now.")
     )
     turn: int | None = Field(None, ge=0, le=100_000, strict=True)
-    comment: str | None = Field(None, max_length=4000)
+    comment: Annotated[str, AfterValidator(_storable)] | None = Field(None, max_length=4000)
 
     def event(self, now: float) -> FeedbackEvent:
         return FeedbackEvent(

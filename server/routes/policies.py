@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from feedback.finite import finite
 from policy.releases import (
     Canary,
     NothingToRollBack,
@@ -19,7 +20,6 @@ from policy.releases import (
 from policy.types import Adapter, AdapterRef
 from server.errors import Conflict, NotFound
 from server.services import Services, ServicesOf
-from server.wire import finite
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from feedback.finite import finite
 from feedback.training import Readiness
 from policy.releases import Canary
 from server.services import Services, ServicesOf
-from server.wire import finite
 
 router = APIRouter(prefix="/v1/training", tags=["training"])
 

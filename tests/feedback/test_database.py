@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from alembic import command
@@ -16,10 +17,13 @@ from sqlmodel import SQLModel
 
 import policy.releases
 from feedback import database
+from feedback.errors import RecordUnavailable
 from feedback.store import Store
+from tests.servers import Postgres
 
 
-def test_every_pooled_connection_is_durable(store: Store) -> None:
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_every_pooled_connection_to_sqlite_is_durable(store: Store) -> None:
     pragmas = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
     with ExitStack() as stack:
         pool = [stack.enter_context(store.database.connect()) for _ in range(8)]
@@ -27,6 +31,24 @@ def test_every_pooled_connection_is_durable(store: Store) -> None:
         for connection in pool:
             found = {name: connection.scalar(text(f"PRAGMA {name}")) for name in pragmas}
             assert found == pragmas
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_every_pooled_connection_to_postgres_is_durable(store: Store) -> None:
+    """The test server's own default is off."""
+    with ExitStack() as stack:
+        pool = [stack.enter_context(store.database.connect()) for _ in range(8)]
+        for connection in pool:
+            assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+            assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
+            assert connection.scalar(text("SHOW lock_timeout")) == "30s"
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_a_postgres_that_cannot_hold_every_text_is_refused(url: str, postgres: Postgres) -> None:
+    postgres.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0")
+    with pytest.raises(ValueError, match="encoding is 'SQL_ASCII'; expected 'UTF8'"):
+        Store.open(postgres.url("ascii"))
 
 
 def test_migrations_make_exactly_the_tables_of_the_code(store: Store) -> None:
@@ -47,7 +69,7 @@ def test_migrations_go_back_down(store: Store) -> None:
 
 
 def test_a_failed_migration_leaves_nothing_behind(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from alembic import op
 
@@ -61,16 +83,16 @@ def test_a_failed_migration_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(op, "create_table", fail_late)
         with pytest.raises(RuntimeError, match="disk is full"):
-            Store.open(url)
-    store = Store.open(url)
+            Store.open(empty_url)
+    store = Store.open(empty_url)
     assert store.episodes() == []
     store.close()
 
 
-def test_processes_may_open_a_new_database_at_the_same_time(url: str) -> None:
+def test_processes_may_open_a_new_database_at_the_same_time(empty_url: str) -> None:
     code = "import sys; from feedback.store import Store; print(Store.open(sys.argv[1]).episodes())"
     racing = [
-        subprocess.Popen([sys.executable, "-c", code, url], stdout=-1, stderr=-1, text=True)
+        subprocess.Popen([sys.executable, "-c", code, empty_url], stdout=-1, stderr=-1, text=True)
         for _ in range(2)
     ]
     for process in racing:
@@ -78,14 +100,18 @@ def test_processes_may_open_a_new_database_at_the_same_time(url: str) -> None:
         assert (out, process.returncode) == ("[]\n", 0), err
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "postgresql://host/name"])
-def test_a_database_that_would_forget_or_is_unknown_is_refused(url: str) -> None:
+@pytest.mark.parametrize("wrong", ["sqlite://", "sqlite:///:memory:", "mysql://host/name"])
+def test_a_database_that_would_forget_or_is_unknown_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        Store.open(url)
+        Store.open(wrong)
+
+
+def test_a_postgres_that_is_not_there_is_told_apart_from_a_wrong_url(tmp_path: Path) -> None:
+    with pytest.raises(RecordUnavailable, match="does not answer"):
+        Store.open(f"postgresql://hone@/record?host={tmp_path}")
 
 
 def test_the_room_opens_without_torch() -> None:
-    code = (
-        "import sys, feedback.log; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
-    )
+    heavy = {"torch", "vllm", "transformers", "psycopg"}
+    code = f"import sys, feedback.log; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -52,11 +52,27 @@ def test_an_episode_is_read_back_exactly_and_prompts_are_stored_once(store: Stor
     assert stored_prompt_ids(store, "e") == [3, 2, 0, len(one_id_differs.prompt_ids), 1]
 
 
-def test_a_lone_surrogate_in_a_text_loses_no_turn(store: Store) -> None:
-    store.begin(episode("e", turns=(replace(turn(0), text="bad \ud83e end"),)))
+def test_what_no_database_holds_loses_no_turn(store: Store) -> None:
+    """Lone surrogates, NUL, and a model's `NaN`; the escapes of JSON hold the former two."""
+    call = ToolCall("c", "find", {"a\0": "\0\ud83e", "b": [float("nan"), 1.5]}, "ok", "\0")
+    said = replace(turn(0), text="bad \ud83e and \0 end", fault="\0", tool_calls=(call,))
+    store.begin(replace(episode("e", turns=(said,)), task_key="\0", metadata={"k": "\0"}))
     kept = store.episode("e")
     assert kept is not None
-    assert kept.turns[0].text == "bad ? end"
+    assert (kept.task_key, kept.metadata) == ("\ufffd", {"k": "\0"})
+    (found,) = kept.turns
+    assert (found.text, found.fault) == ("bad ? and \ufffd end", "\ufffd")
+    assert (found.token_ids, found.logprobs) == (said.token_ids, said.logprobs)
+    assert found.tool_calls[0].arguments == {"a\0": "\0\ud83e", "b": [None, 1.5]}
+    assert found.tool_calls[0].result == "\0"
+
+
+@pytest.mark.parametrize("name", ["id", "tenant", "policy", "agent"])
+def test_a_name_that_no_database_holds_is_refused(store: Store, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*without NUL"):
+        store.begin(replace(episode("e"), **{name: "a\0"}))  # type: ignore[arg-type]  # all are text
+    assert store.episode("a\0") is None
+    assert store.episodes() == []
 
 
 def test_disorder_is_refused_and_changes_nothing(store: Store) -> None:

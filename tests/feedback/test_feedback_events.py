@@ -68,6 +68,8 @@ def test_another_tenant_says_nothing_about_an_episode(store: Store) -> None:
         ({"event_id": ""}, "event_id has 0 characters"),
         ({"event_id": "x" * 201}, "event_id has 201 characters"),
         ({"source": "\ud83e"}, "valid Unicode"),
+        ({"metric": "a\0"}, "without NUL"),
+        ({"comment": "\0"}, "without NUL"),
     ],
 )
 def test_a_bad_event_is_refused_with_its_whole_call(

@@ -6,15 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
-from sqlmodel import SQLModel
 
+from feedback.database import open_database
 from policy.releases import (
     NothingToRollBack,
     NotPromotable,
@@ -29,11 +28,8 @@ WHO: dict[str, Any] = {"actor": "test", "reason": "because"}
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = create_engine(f"sqlite:///{tmp_path / 'hone.db'}", connect_args={"timeout": 20})
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    SQLModel.metadata.create_all(engine, tables=[SQLModel.metadata.tables["release_event"]])
+def database(url: str) -> Iterator[Engine]:
+    engine = open_database(url)
     yield engine
     engine.dispose()
 
