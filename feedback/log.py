@@ -27,6 +27,7 @@ from feedback.errors import OutcomeUnknown, RecordError, RecordUnavailable
 from feedback.events import Receipt
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
+from feedback.wakeup import InProcess, Wakeup
 
 _MOST = 256
 """Writes that share a transaction: enough to spread the commit's cost, few enough to be quick."""
@@ -60,6 +61,8 @@ class _Write:
     loop: asyncio.AbstractEventLoop
     said: Sequence[FeedbackEvent] = ()
     """The events, if this is feedback: those of a batch are recorded together."""
+    is_outcome: bool = False
+    """Whether somebody may wait for it: an episode's end, or feedback."""
     result: Any = None
     error: BaseException | None = None
 
@@ -70,7 +73,7 @@ class Log:
     A task that is cancelled while it awaits does not take its write back.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, wakeup: Wakeup | None = None) -> None:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -78,7 +81,7 @@ class Log:
         # was acknowledged to nobody.
         self._thread = threading.Thread(
             target=_write_batches,
-            args=(writing(store.database), self._queue),
+            args=(writing(store.database), self._queue, wakeup or InProcess()),
             name="hone-log",
             daemon=True,
         )
@@ -95,13 +98,14 @@ class Log:
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         """As `Store.end`."""
         await self._submit(
-            lambda connection: episodes.end(connection, episode_id, stop_reason, ended_at)
+            lambda connection: episodes.end(connection, episode_id, stop_reason, ended_at),
+            is_outcome=True,
         )
 
     async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
         """As `Store.add_feedback`."""
         receipts: list[Receipt] = await self._submit(
-            lambda connection: events.add(connection, said), said
+            lambda connection: events.add(connection, said), said, is_outcome=True
         )
         return receipts
 
@@ -114,10 +118,14 @@ class Log:
         self._thread.join()
 
     async def _submit(
-        self, apply: Callable[[Connection], Any], said: Sequence[FeedbackEvent] = ()
+        self,
+        apply: Callable[[Connection], Any],
+        said: Sequence[FeedbackEvent] = (),
+        *,
+        is_outcome: bool = False,
     ) -> Any:
         loop = asyncio.get_running_loop()
-        write = _Write(apply, loop.create_future(), loop, said)
+        write = _Write(apply, loop.create_future(), loop, said, is_outcome)
         with self._closing:  # nothing may enter the queue behind its end mark
             if self._closed:
                 raise LogClosed("the log is closed; the server is shutting down")
@@ -125,14 +133,19 @@ class Log:
         return await write.future
 
 
-def _write_batches(database: Engine, waiting: queue.SimpleQueue[_Write | None]) -> None:
+def _write_batches(
+    database: Engine, waiting: queue.SimpleQueue[_Write | None], wakeup: Wakeup
+) -> None:
     """The writer thread: take what has queued up while the last batch was committed, and commit."""
     open_ = True
     while open_:
         first = waiting.get()
         batch = list(_drain(first, waiting))
         open_ = None not in batch
-        _commit(database, [write for write in batch if write is not None])
+        writes = [write for write in batch if write is not None]
+        _commit(database, writes)
+        if any(write.is_outcome and write.error is None for write in writes):
+            wakeup.notify("outcomes")
 
 
 def _drain(

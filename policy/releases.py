@@ -7,7 +7,7 @@ the trainer nor a restart. Loading and routing are the server's; the folders are
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args
@@ -106,9 +106,17 @@ class Releases:
     Every write reads the state, checks it and appends, as one transaction.
     """
 
-    def __init__(self, database: Engine, *, tenant: str = "default") -> None:
+    def __init__(
+        self,
+        database: Engine,
+        *,
+        tenant: str = "default",
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change` is called after each commit of ours; `record_in`'s are its caller's."""
         self._database = database
         self._tenant = tenant
+        self._on_change = on_change
 
     def state(self, policy: str) -> ReleaseState:
         """The present state; of a policy without events, the base model is live."""
@@ -319,6 +327,7 @@ class Releases:
     def _transaction(self) -> Iterator[Session]:
         with Session(self._database) as session, session.begin():
             yield session
+        self._on_change()
 
     def _locked_changes(self, session: Session, policy: str) -> list[Change]:
         """The changes so far, with no other writer until this transaction ends."""

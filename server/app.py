@@ -19,6 +19,7 @@ from fastapi.responses import Response
 
 from feedback.log import Log
 from feedback.store import Store
+from feedback.wakeup import open_wakeup
 from feedback.webhooks.source import open_webhooks
 from policy.base_model import BaseModel, resolve_base_model
 from policy.chat import ChatFormat, load_chat_format
@@ -156,7 +157,9 @@ async def _start(
     interrupted = store.interrupt_running()
     if interrupted:
         logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
-    writer = Log(store)
+    wakeup = open_wakeup(settings.storage.redis)
+    stack.callback(wakeup.close)
+    writer = Log(store, wakeup)
     stack.push_async_callback(asyncio.to_thread, writer.close)
 
     chat = parts.chat(base.path)
@@ -164,9 +167,16 @@ async def _start(
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
     log = WatchedLog(writer, Watchers(watchers))
     registry = Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank)
-    releases, leases = Releases(store.database), Leases()
+    releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
+    leases = Leases()
     controller = ReleaseController(
-        engine, registry, releases, leases, slots=settings.engine.max_loras, watcher=counted
+        engine,
+        registry,
+        releases,
+        leases,
+        slots=settings.engine.max_loras,
+        wakeup=wakeup,
+        watcher=counted,
     )
     if watchers:
         ledger = Ledger(store, releases, Watchers(watchers))

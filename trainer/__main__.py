@@ -13,6 +13,7 @@ import torch
 
 from feedback.spec import LearningSpec
 from feedback.store import Store
+from feedback.wakeup import open_wakeup
 from policy.base_model import resolve_base_model
 from policy.registry import Registry
 from policy.releases import Releases
@@ -31,7 +32,8 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
     torch.set_num_threads(section.threads)
     base = resolve_base_model(settings.model.path)
     store = Store.open(settings.storage.database)
-    releases = Releases(store.database)
+    wakeup = open_wakeup(settings.storage.redis)
+    releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
     gate = Gate(
         [
             FiniteWeights(),
@@ -54,6 +56,7 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
         gate=gate,
         settings=section,
         stop=stop,
+        wakeup=wakeup,
     )
 
 

@@ -30,6 +30,7 @@ from feedback.errors import LeaseLost, RecordUnavailable
 from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
+from feedback.wakeup import Wakeup, pause_of
 from policy.registry import Registry
 from policy.releases import ReleaseConflict, ReleaseError, Releases
 from policy.types import Adapter, AdapterRef, Probe
@@ -85,6 +86,7 @@ class Trainer:
         gate: Gate,
         settings: TrainerSection,
         stop: Stop,
+        wakeup: Wakeup,
     ) -> None:
         self._store = store
         self._releases = releases
@@ -94,6 +96,8 @@ class Trainer:
         self._gate = gate
         self._settings = settings
         self._stop = stop
+        self._wakeup = wakeup
+        wakeup.subscribe("outcomes", stop.nudge)
 
     def run(self, specs: Callable[[], Mapping[str, LearningSpec]], *, once: bool = False) -> None:
         """Go over all policies until asked to stop; `once`: until none has work left."""
@@ -110,7 +114,7 @@ class Trainer:
                     logger.warning("the record cannot be reached; trying again: %s", error)
                 if once:
                     return
-                self._stop.wait(self._settings.poll_seconds)
+                self._stop.wait(pause_of(self._wakeup, self._settings.poll_seconds))
         except Stopped:
             logger.info("asked to stop; unfinished work is left to the next start")
 
@@ -216,6 +220,7 @@ class Trainer:
                 f"{trained.adapter.parent}", figures=dict(trained.adapter.metrics),
             ),
         )  # fmt: skip
+        self._wakeup.notify("releases")
         logger.info("%s is a candidate", ref, extra={"figures": all_figures})
 
     def _judge(self, spec: LearningSpec, ref: AdapterRef) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from feedback.store import Store
+from feedback.wakeup import InProcess
 from policy.leases import Leases
 from policy.registry import AdapterInvalid, Registry
 from policy.releases import Releases
@@ -28,7 +29,13 @@ class Site:
         self.leases = Leases()
         self.engine: ScriptedEngine = scripted_engine()
         self.controller = ReleaseController(
-            self.engine, self.registry, self.releases, self.leases, slots=SLOTS, poll_seconds=0.01
+            self.engine,
+            self.registry,
+            self.releases,
+            self.leases,
+            slots=SLOTS,
+            wakeup=InProcess(),
+            poll_seconds=0.01,
         )
 
     def candidate(self, policy: str = "desk", *, gap: float = 0.0, damage: bool = False) -> Adapter:
