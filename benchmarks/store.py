@@ -1,5 +1,6 @@
 """How fast the record is: feedback a second, one commit each against group commit, and readiness
-over 20,000 episodes. Run as `python -m benchmarks.store [FOLDER]` on the disk in question."""
+over 20,000 episodes. Run as `python -m benchmarks.store [FOLDER]` on the disk in question, or with
+the URL of an empty Postgres database."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +27,10 @@ def main() -> None:
     table = Table(title="The record")
     table.add_column("what")
     table.add_column("figure", justify="right")
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    with tempfile.TemporaryDirectory(dir=folder) as home:
-        store = Store.open(f"sqlite:///{home}/record.db")
+    where = sys.argv[1] if len(sys.argv) > 1 else None
+    is_url = where is not None and "://" in where
+    with tempfile.TemporaryDirectory(dir=None if is_url else where) as home:
+        store = Store.open(where if where and is_url else f"sqlite:///{home}/record.db")
         for what, figure in _measure(store):
             table.add_row(what, figure)
         store.close()

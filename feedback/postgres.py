@@ -46,8 +46,12 @@ def open_postgres(url: URL) -> Engine:
     )
     event.listen(engine, "connect", _configure)
     event.listen(engine, "handle_error", _explain)
-    with engine.connect() as connection:
-        encoding = connection.scalar(text("SHOW server_encoding"))
+    try:
+        with engine.connect() as connection:
+            encoding = connection.scalar(text("SHOW server_encoding"))
+    except RecordUnavailable as error:
+        where = url.render_as_string(hide_password=True)
+        raise RecordUnavailable(f"{where} does not answer: {error.__cause__}") from error
     if encoding != "UTF8":
         engine.dispose()
         raise ValueError(

@@ -161,7 +161,7 @@ class ReleaseController:
                 self._is_blind = False
             except RecordUnavailable as error:
                 if not self._is_blind:
-                    logger.warning("release events cannot be read until it answers: %s", error)
+                    logger.warning("the release events cannot be followed for now: %s", error)
                 self._is_blind = True
             except EngineDead:
                 logger.critical("the engine is dead; no release can be followed")

@@ -1,26 +1,26 @@
-"""Databases for whatever test asks for one: one Postgres server a session, one database a test."""
+"""Databases for whatever test asks for one. One Postgres server a session, with one record that is
+emptied for each test: making a database a test would take most of their time."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlmodel import SQLModel
 
 from feedback.store import Store
 from tests.servers import Postgres, Redis
 
-_NUMBERS = itertools.count()
 KINDS = ("sqlite", "postgres")
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A running server, with a database `template` at the newest schema."""
+    """A running server, with a database `record` at the newest schema."""
     server = Postgres().start()
-    server.execute("CREATE DATABASE template")
-    Store.open(server.url("template")).close()
+    server.execute("CREATE DATABASE record")
+    Store.open(server.url("record")).close()
     yield server
     server.remove()
 
@@ -32,32 +32,31 @@ def redis_server() -> Iterator[Redis]:
     server.remove()
 
 
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """An empty record in Postgres."""
+    others = "datname = 'record' AND pid <> pg_backend_pid()"
+    postgres.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+    tables = ", ".join(SQLModel.metadata.tables)
+    postgres.execute(f"TRUNCATE {tables} RESTART IDENTITY", "record")
+    return postgres.url("record")
+
+
 @pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A record of either kind, at the newest schema; SQLite's is made when it is opened."""
-    yield from _database(request, tmp_path, "template")
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty record of either kind; SQLite's is made when it is opened."""
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{tmp_path}/var/record.db"
 
 
 @pytest.fixture(params=KINDS)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of either kind that nobody has opened."""
-    yield from _database(request, tmp_path, "template1")
-
-
-@pytest.fixture
-def postgres_url(postgres: Postgres) -> Iterator[str]:
-    yield from _postgres_database(postgres, "template")
-
-
-def _database(request: pytest.FixtureRequest, folder: Path, template: str) -> Iterator[str]:
     if request.param == "sqlite":
-        yield f"sqlite:///{folder}/var/record.db"
-    else:
-        yield from _postgres_database(request.getfixturevalue("postgres"), template)
-
-
-def _postgres_database(server: Postgres, template: str) -> Iterator[str]:
-    name = f"test{next(_NUMBERS)}"
-    server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
-    yield server.url(name)
-    server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        yield f"sqlite:///{tmp_path}/var/record.db"
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    server.execute("CREATE DATABASE empty")
+    yield server.url("empty")
+    server.execute("DROP DATABASE empty WITH (FORCE)")

