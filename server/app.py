@@ -19,7 +19,7 @@ from fastapi.responses import Response
 
 from feedback.log import Log
 from feedback.store import Store
-from feedback.wakeup import open_wakeup
+from feedback.wakeup import Wakeup, open_wakeup
 from feedback.webhooks.source import open_webhooks
 from policy.base_model import BaseModel, resolve_base_model
 from policy.chat import ChatFormat, load_chat_format
@@ -30,7 +30,7 @@ from policy.registry import Registry
 from policy.releases import Releases
 from server.agent_chat import agent_chat
 from server.agents.run import Agent
-from server.agents.spec import load_agents
+from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
 from server.errors import install_error_handlers
 from server.middleware import BearerKey, BoundedBody, RequestIds
@@ -152,16 +152,7 @@ async def _start(
     engine = parts.engine(base, settings)
     stack.push_async_callback(engine.close)
 
-    store = Store.open(settings.storage.database)
-    stack.callback(store.close)
-    interrupted = store.interrupt_running()
-    if interrupted:
-        logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
-    wakeup = open_wakeup(settings.storage.redis)
-    stack.callback(wakeup.close)
-    writer = Log(store, wakeup)
-    stack.push_async_callback(asyncio.to_thread, writer.close)
-
+    store, wakeup, writer = _open_record(settings, stack)
     chat = parts.chat(base.path)
     spans = _spans(settings, chat, stack)
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
@@ -207,11 +198,7 @@ async def _start(
     stack.push_async_callback(plain.stop)
     parts.openai_routes(app, engine, base_name, collect)
 
-    served: dict[str, Agent] = {}
-    for name, spec in specs.items():
-        tools = await open_toolbox(spec.tools)
-        stack.push_async_callback(tools.aclose)
-        served[name] = Agent(spec, tools if spans is None else spans.around(tools))
+    served = await _open_agents(specs, spans, stack)
     if counted is not None:
         counted.know_tools({tool for agent in served.values() for tool in agent.toolbox.names})
 
@@ -239,6 +226,32 @@ async def _start(
         trainer=trainer,
         metrics=counted,
     )
+
+
+def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, Wakeup, Log]:
+    """The record, how others hear of news in it, and the log that writes to it."""
+    store = Store.open(settings.storage.database)
+    stack.callback(store.close)
+    interrupted = store.interrupt_running()
+    if interrupted:
+        logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
+    wakeup = open_wakeup(settings.storage.redis)
+    stack.callback(wakeup.close)
+    log = Log(store, wakeup)
+    stack.push_async_callback(asyncio.to_thread, log.close)
+    return store, wakeup, log
+
+
+async def _open_agents(
+    specs: Mapping[str, AgentSpec], spans: Spans | None, stack: AsyncExitStack
+) -> dict[str, Agent]:
+    """Every agent with its tools open, traced if anything is."""
+    served: dict[str, Agent] = {}
+    for name, spec in specs.items():
+        tools = await open_toolbox(spec.tools)
+        stack.push_async_callback(tools.aclose)
+        served[name] = Agent(spec, tools if spans is None else spans.around(tools))
+    return served
 
 
 def _spans(settings: Settings, chat: ChatFormat, stack: AsyncExitStack) -> Spans | None:
