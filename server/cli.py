@@ -184,7 +184,7 @@ def feedback(
 
 @app.command()
 def train(config: ConfigFlag = None) -> None:
-    """Train once on what is ready, without a server; progress is shown."""
+    """Train once on what is ready; progress is shown. A running server proves what comes of it."""
     settings = _settings({"config": config})
     command = [sys.executable, "-m", "trainer", "--once"]
     done = subprocess.run(  # noqa: S603 - our own module

@@ -97,6 +97,8 @@ class Trainer:
         self._settings = settings
         self._stop = stop
         self._wakeup = wakeup
+        self._unusable: set[AdapterRef] = set()
+        """Versions whose folders were found damaged."""
         wakeup.subscribe("outcomes", stop.nudge)
 
     def run(self, specs: Callable[[], Mapping[str, LearningSpec]], *, once: bool = False) -> None:
@@ -128,6 +130,8 @@ class Trainer:
         if state.canary is not None:
             return False
         live = state.live
+        if live in self._unusable:
+            return False
         claim = self._store.claim(
             spec,
             live_version=live.version,
@@ -170,6 +174,12 @@ class Trainer:
             logger.error("the update of %s failed: %s", live, error)
             self._store.finish(claim, version=None, figures=figures | {"outcome": str(error)})
             return
+        except RegistryError as error:
+            # The live folder is damaged: the episodes are not to blame, and wait for another one.
+            logger.error("nothing is trained while %s is live: %s", live, error)
+            self._unusable.add(live)
+            self._store.abandon(claim, str(error))
+            return
         finally:
             self._model.detach()
         self._publish(claim, trained, figures)
@@ -177,7 +187,7 @@ class Trainer:
     def _train(self, job: Job) -> Trained:
         training, live, claim = job.spec.training, job.live, job.claim
         seed = _seed(self._settings.seed, live, claim)
-        folder = None if live.is_base else self._registry.get(live).path
+        folder = None if live.is_base else self._registry.verify(live).path
         self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
         before = self._checkpoints.load(live)
         optimizer = new_optimizer(
@@ -227,13 +237,13 @@ class Trainer:
         live = self._releases.state(spec.policy).live
         try:
             candidate = self._registry.get(ref)
+            folder = None if live.is_base else self._registry.get(live).path
         except RegistryError as error:
             self._reject(ref, str(error), {})
             return
         if candidate.parent != live:
             self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
             return
-        folder = None if live.is_base else self._registry.get(live).path
         verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate))
         if not verdict.passed:
             self._reject(ref, verdict.reason, verdict.figures)

@@ -176,9 +176,9 @@ async def play(stack: Stack, options: argparse.Namespace) -> Report:
         console.print(f"Now {kind}, {WORKERS} customers at once; each outcome is posted back.")
         tally = await learn(traffic, stack.hone_url, options)
         after = await measure(traffic, "After")
-        rollback_seconds = await show_rollback(traffic, stack.hone_url)
         async with httpx.AsyncClient(base_url=stack.hone_url) as http:
             policy = (await http.get("/v1/policies/desk")).json()
+        rollback_seconds = await show_rollback(traffic, stack.hone_url)
     finally:
         await traffic.aclose()
         await owner.aclose()

@@ -146,15 +146,24 @@ class Desk:
         return Order(*row).row()
 
     def act(self, order: int, kind: Action) -> dict[str, Any]:
-        """Record an action on an order; each kind happens at most once to an order."""
+        """Record an action on an order: each kind at most once, and no approval once it is paid.
+
+        So a final state with both tells that approval came first.
+        """
         found = self._db.execute("SELECT locked FROM orders WHERE id = ?", (order,)).fetchone()
         if found is None:
             raise DeskError(404, "no such order")
         if found[0] and kind in ("cancellation", "return", "refund"):
             raise DeskError(409, "locked")
+        if kind == "approval" and self._is_refunded(order):
+            raise DeskError(409, "already done")
         try:
             with self._db:
                 self._db.execute("INSERT INTO action (order_id, kind) VALUES (?, ?)", (order, kind))
         except sqlite3.IntegrityError as error:
             raise DeskError(409, "already done") from error
         return {"done": kind}
+
+    def _is_refunded(self, order: int) -> bool:
+        query = "SELECT 1 FROM action WHERE order_id = ? AND kind = 'refund'"
+        return self._db.execute(query, (order,)).fetchone() is not None

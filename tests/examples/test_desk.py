@@ -129,3 +129,12 @@ def test_a_locked_order_takes_only_a_ticket() -> None:
         with pytest.raises(DeskError, match="locked"):
             desk.act(20001, kind)
     assert desk.act(20001, "ticket") == {"done": "ticket"}
+
+
+def test_an_approval_after_the_refund_is_none() -> None:
+    desk = Desk()
+    desk.seed("Bavo", [LAMP])
+    desk.act(LAMP.id, "refund")
+    with pytest.raises(DeskError, match="already done"):
+        desk.act(LAMP.id, "approval")
+    assert desk.actions("Bavo") == {LAMP.id: frozenset({"refund"})}

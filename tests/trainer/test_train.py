@@ -128,6 +128,28 @@ def test_a_diverged_update_is_never_published_and_not_begun_again(
     assert world.ready() == 0
 
 
+def test_a_damaged_live_folder_costs_no_episode_and_no_trainer(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    world.run()
+    more_episodes(world.store)
+    file = world.adapter(1).path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):
+        world.run()
+    assert world.ready() == 24
+    [run, _] = world.store.training_runs("line")
+    assert run.state == "abandoned"
+    assert run.reason is not None
+    assert "line@v1 has digest" in run.reason
+
+    world.releases.rollback("line", actor="test", reason="damaged")
+    world.run()
+    assert world.adapter(2).parent == AdapterRef("line", 0)
+
+
 def test_with_a_canary_what_passed_the_gate_is_tried_and_the_line_waits_for_the_verdict(
     world: World, more_episodes: Callable[[Store], None]
 ) -> None:
