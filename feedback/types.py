@@ -1,7 +1,7 @@
 """The nouns of the log: episodes, turns, tool calls and feedback events.
 
 Plain frozen data, as recorded. The effective reward of an episode is computed from its events by
-`feedback.reward`; rows and SQL live in `feedback.store`.
+`feedback.reward`; rows live in `feedback.rows`, and SQL beside what it is about.
 """
 
 from __future__ import annotations

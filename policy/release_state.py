@@ -41,7 +41,7 @@ class ReleaseEvent:
     ref: AdapterRef
     state: ReleaseStateName | Mark
     actor: str
-    """Who caused it, for example 'trainer', 'server' or 'cli'."""
+    """Who caused it, for example 'trainer', 'server', 'canary' or 'api'."""
     reason: str
     at: float
     """Unix seconds."""
