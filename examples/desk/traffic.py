@@ -118,10 +118,10 @@ class Traffic:
         response.raise_for_status()
 
     async def evaluate(self, tasks: int, seed: int, *, model: str | None = None) -> list[Outcome]:
-        """Work `tasks` held-out tasks, the same ones for the same seed, 16 at a time."""
+        """Work `tasks` held-out tasks, the same ones for the same seed, 32 at a time."""
         rng = random.Random(seed)  # noqa: S311 - tasks must be repeatable, not secret
         drawn = [draw_task(rng, heldout=True) for _ in range(tasks)]
-        limit = asyncio.Semaphore(16)
+        limit = asyncio.Semaphore(32)
 
         async def one(task: Task) -> Outcome:
             async with limit:
