@@ -48,6 +48,8 @@ class Tally:
     models: list[str] = field(default_factory=list)
     """Adapter versions that answered, in order of appearance."""
     points: list[Point] = field(default_factory=list)
+    ended: float | None = None
+    """When the traffic did."""
     last_error: str | None = None
 
     def add(self, outcome: Outcome) -> None:
@@ -66,7 +68,8 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        """Of traffic, so far or in all."""
+        return (self.ended or time.monotonic()) - self.started
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ async def learn(traffic: Traffic, hone_url: str, options: argparse.Namespace) ->
             until=ended.is_set,
         ),
     )
+    tally.ended = time.monotonic()
     return tally
 
 
