@@ -1,6 +1,12 @@
-"""The `storage` section of the settings tree, shared by the server and the trainer."""
+"""The `storage` and `trainer` sections of the settings tree, shared by the server and the trainer.
+
+The server reads `trainer` so that a mistake in it is told before anything starts; the trainer
+alone obeys it.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +23,29 @@ class StorageSettings(BaseModel):
     redis: str | None = Field(
         None, description="redis://HOST:PORT/0: wakes processes at once. Without it they poll."
     )
+
+
+class TrainerSection(BaseModel):
+    """How the trainer process runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool = Field(True, description="Whether `hone serve` starts the trainer at all.")
+    threads: int = Field(1, ge=1, description="CPU threads of an update.")
+    device: str = Field("cpu", description="Where the model is trained: cpu, cuda, cuda:1.")
+    poll_seconds: float = Field(1.0, gt=0, description="How often new work is looked for.")
+    lease_seconds: float = Field(120.0, gt=1, description="A claim on episodes lapses after this.")
+    gate_seconds: float = Field(
+        300.0, gt=0, description="A candidate that is not judged by then is rejected."
+    )
+    base_url: str = Field(
+        "http://127.0.0.1:8321", description="The server, for held-out tasks; without /v1."
+    )
+    checkpoints: Path = Field(Path("var/checkpoints"), description="Folder of training state.")
+    microbatch_tokens: int = Field(
+        4096, ge=1, description="Padded tokens that go through the model at once."
+    )
+    owner: str = Field(
+        "trainer", description="Name on claims: a restart under the same name takes them over."
+    )
+    seed: int = Field(0, description="Of all randomness in training.")

@@ -266,13 +266,10 @@ def _spans(settings: Settings, chat: ChatFormat, stack: AsyncExitStack) -> Spans
 
 
 def _trainer_environment(settings: Settings) -> Mapping[str, str]:
-    http = settings.http
     variables = settings.shared_environment()
-    # Where held-out tasks find this server.
-    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host  # noqa: S104 - compared
-    variables["HONE_TRAINER__BASE_URL"] = f"http://{host}:{http.port}"
-    if http.api_key is not None:
-        variables["HONE_HTTP__API_KEY"] = http.api_key.get_secret_value()
+    key = settings.http.api_key
+    if key is not None:
+        variables["HONE_HTTP__API_KEY"] = key.get_secret_value()
     variables["PYTHONUNBUFFERED"] = "1"
     return variables
 

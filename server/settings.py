@@ -1,8 +1,8 @@
 """The settings tree of `hone serve`: one declaration for file, environment and flags.
 
 Highest wins: flags, then `HONE_SECTION__KEY` variables, then the TOML file, then defaults.
-The sections `model`, `engine` and `storage` are declared in the rooms that they configure; the
-trainer reads the same file by itself.
+The sections that the trainer reads too are declared in the rooms below both; it reads the same
+file by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from feedback.settings import StorageSettings
+from feedback.settings import StorageSettings, TrainerSection
 from policy.settings import EngineSettings, ModelSettings
 from server.telemetry.settings import LogSettings, TelemetrySettings
 
@@ -45,6 +45,12 @@ class HttpSettings(BaseModel):
     drain_seconds: int = Field(5, ge=0, description="How long running requests may finish at stop.")
 
     @property
+    def url(self) -> str:
+        """Where processes of this machine find the server, without /v1."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
     def is_loopback(self) -> bool:
         if self.host == "localhost":
             return True
@@ -65,14 +71,6 @@ class HttpSettings(BaseModel):
         return self
 
 
-class TrainerSwitch(BaseModel):
-    """Whether the server runs the trainer; its other keys are the trainer's own."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    enabled: bool = Field(True, description="Run the trainer in the background.")
-
-
 class Settings(BaseSettings):
     """Everything `hone serve` can be told."""
 
@@ -91,7 +89,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
-    trainer: TrainerSwitch = TrainerSwitch()
+    trainer: TrainerSection = TrainerSection()
 
     @classmethod
     def settings_customise_sources(
@@ -111,8 +109,10 @@ class Settings(BaseSettings):
 
     def shared_environment(self) -> dict[str, str]:
         """The effective sections that the trainer reads too, as the variables that say them."""
-        shared = self.model_dump(mode="json", include={"model", "storage", "agents"})
+        shared = self.model_dump(mode="json", include={"model", "storage", "agents", "trainer"})
         variables = dict(_flatten("HONE", shared))
+        if "base_url" not in self.trainer.model_fields_set:
+            variables["HONE_TRAINER__BASE_URL"] = self.http.url
         if self.config.is_file():
             variables["HONE_CONFIG"] = str(self.config)
         return variables

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,37 +19,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from feedback.settings import StorageSettings
+from feedback.settings import StorageSettings, TrainerSection
 from feedback.spec import LearningSpec
 from policy.settings import ModelSettings
 
 DEFAULT_CONFIG = Path("hone.toml")
-
-
-class TrainerSection(BaseModel):
-    """How the trainer process runs."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enabled: bool = Field(True, description="Whether `hone serve` starts the trainer at all.")
-    threads: int = Field(1, ge=1, description="CPU threads of an update.")
-    device: str = Field("cpu", description="Where the model is trained: cpu, cuda, cuda:1.")
-    poll_seconds: float = Field(1.0, gt=0, description="How often new work is looked for.")
-    lease_seconds: float = Field(120.0, gt=1, description="A claim on episodes lapses after this.")
-    gate_seconds: float = Field(
-        300.0, gt=0, description="A candidate that is not judged by then is rejected."
-    )
-    base_url: str = Field(
-        "http://127.0.0.1:8321", description="The server, for held-out tasks; without /v1."
-    )
-    checkpoints: Path = Field(Path("var/checkpoints"), description="Folder of training state.")
-    microbatch_tokens: int = Field(
-        4096, ge=1, description="Padded tokens that go through the model at once."
-    )
-    owner: str = Field(
-        "trainer", description="Name on claims: a restart under the same name takes them over."
-    )
-    seed: int = Field(0, description="Of all randomness in training.")
 
 
 class TrainerSettings(BaseSettings):

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.errors import LeaseLost, RecordUnavailable
+from feedback.settings import TrainerSection
 from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
@@ -44,7 +45,6 @@ from trainer.grouping import Credits, credit
 from trainer.learner import UpdateDiverged, new_optimizer, update
 from trainer.model import LoraModel
 from trainer.progress import Heartbeat, logger
-from trainer.settings import TrainerSection
 from trainer.stop import Stop, Stopped
 
 ACTOR = "trainer"

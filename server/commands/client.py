@@ -18,7 +18,7 @@ class Client:
 
     def __init__(self, settings: Settings, url: str | None) -> None:
         http = settings.http
-        self._url = (url or f"http://{http.host}:{http.port}").rstrip("/").removesuffix("/v1")
+        self._url = (url or http.url).rstrip("/").removesuffix("/v1")
         key = http.api_key
         headers = {} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"}
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=30)

@@ -88,7 +88,7 @@ async def _serve(
     async with app.router.lifespan_context(app):
         services, seconds = app.state.services, time.monotonic() - began
         if is_json(services.settings.log, console):
-            logger.info("serves %s/v1, ready in %.1f s", _url(services.settings.http), seconds)
+            logger.info("serves %s/v1, ready in %.1f s", services.settings.http.url, seconds)
         else:
             console.print(_banner(services, seconds), soft_wrap=True, highlight=False)
         await server.serve(sockets=[listener])
@@ -125,7 +125,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _banner(services: Services, seconds: float) -> str:
     http = services.settings.http
-    url = _url(http)
+    url = http.url
     flag = f" --url {url}" if http.port != HttpSettings().port else ""
     lines = [
         f"[bold cyan]hone[/] serves [bold]{url}/v1[/], ready in {seconds:.1f} s",
@@ -145,11 +145,6 @@ def _banner(services: Services, seconds: float) -> str:
         lines.append(f"  curl {url}/v1/agents/{name}/runs --json {body}")
     lines += [f"  hone status{flag}", f"  hone episodes{flag}", "stop with Ctrl-C"]
     return "\n".join(lines)
-
-
-def _url(http: HttpSettings) -> str:
-    host = f"[{http.host}]" if ":" in http.host else http.host
-    return f"http://{host}:{http.port}"
 
 
 def _tools(agent: Agent) -> str:

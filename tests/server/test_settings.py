@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from server.commands.client import Client
 from server.settings import Settings, described, load_settings
 
 
 @pytest.fixture(autouse=True)
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("HONE_CONFIG", "HONE_HTTP__PORT", "HONE_MODEL__PATH"):
+    for name in ("HONE_CONFIG", "HONE_HTTP__PORT", "HONE_MODEL__PATH", "HONE_TRAINER__BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,6 +45,36 @@ def test_a_named_file_must_exist_and_is_passed_on(monkeypatch: pytest.MonkeyPatc
     assert (read_back.agents, read_back.model) == (Path("elsewhere"), settings.model)
 
 
+def test_the_trainers_section_reaches_the_trainer_whoever_said_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("hone.toml").write_text("[trainer]\nthreads = 2\nseed = 1\n")
+    monkeypatch.setenv("HONE_TRAINER__OWNER", "env")
+    shared = load_settings({"trainer.seed": "7", "http.port": 9000}).shared_environment()
+    told = {key: shared[f"HONE_TRAINER__{key}"] for key in ("SEED", "THREADS", "OWNER")}
+    assert told == {"SEED": "7", "THREADS": "2", "OWNER": "env"}
+    assert shared["HONE_TRAINER__BASE_URL"] == "http://127.0.0.1:9000"
+    behind = load_settings({"trainer.base_url": "http://proxy"}).shared_environment()
+    assert behind["HONE_TRAINER__BASE_URL"] == "http://proxy"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8321"),
+        ("::1", "http://[::1]:8321"),
+        ("0.0.0.0", "http://127.0.0.1:8321"),
+        ("::", "http://[::1]:8321"),
+        ("box.example", "http://box.example:8321"),
+    ],
+)
+def test_one_address_for_everybody_on_this_machine(host: str, url: str) -> None:
+    settings = load_settings({"http.host": host, "http.api_key": "k"})
+    assert settings.http.url == url
+    assert settings.shared_environment()["HONE_TRAINER__BASE_URL"] == url
+    assert Client(settings, None)._url == url
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -53,6 +84,8 @@ def test_a_named_file_must_exist_and_is_passed_on(monkeypatch: pytest.MonkeyPatc
         ({"http.prot": 1}, "prot"),
         ({"modle.path": "x"}, "modle"),
         ({"engine.max_loras": "many"}, "max_loras"),
+        ({"trainer.sede": 7}, "sede"),
+        ({"trainer.threads": 0}, "threads"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(flags: dict[str, object], message: str) -> None:
