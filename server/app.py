@@ -145,8 +145,12 @@ async def _start(
     stack: AsyncExitStack,
 ) -> Services:
     base = parts.base_model(settings.model.path)
-    specs = load_agents(settings.agents) if settings.agents.is_dir() else {}
-    webhooks = open_webhooks(settings.webhooks) if settings.webhooks.is_dir() else {}
+    # Without the default folder there is nothing to serve; a folder that was named must be there.
+    named = settings.model_fields_set
+    has_agents = "agents" in named or settings.agents.is_dir()
+    has_webhooks = "webhooks" in named or settings.webhooks.is_dir()
+    specs = load_agents(settings.agents) if has_agents else {}
+    webhooks = open_webhooks(settings.webhooks) if has_webhooks else {}
 
     # The engine first: it forks, which is only safe before any thread exists.
     engine = parts.engine(base, settings)

@@ -151,6 +151,8 @@ def load_webhook(path: Path) -> WebhookSpec:
 
 def load_webhooks(folder: Path) -> dict[str, tuple[Path, WebhookSpec]]:
     """Every `*.yaml` and `*.yml` of `folder`, by source name. Raises WebhookFileError."""
+    if not folder.is_dir():
+        raise WebhookFileError(f"{folder}: is not a folder; expected one that holds sources' files")
     found: dict[str, tuple[Path, WebhookSpec]] = {}
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml")):
         spec = load_webhook(path)
