@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError
 
 from feedback.finite import finite_json
 
@@ -26,10 +27,25 @@ def open_database(url: str) -> Engine:
 
     Raises ValueError for what is no such URL, RecordUnavailable if Postgres does not answer.
     """
-    parsed = make_url(url)
-    engine = _OPENED_BY.get(parsed.get_backend_name(), _refuse)(parsed)
+    parsed = read_url(url)
+    engine = _OPENED_BY[parsed.get_backend_name()](parsed)
     migrate(engine)
     return engine
+
+
+def read_url(url: str) -> URL:
+    """The parts of a URL that a record can be opened at. Raises ValueError, without a password."""
+    expected = "expected sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"the database's URL cannot be read; {expected}") from None
+    backend, shown = parsed.get_backend_name(), parsed.render_as_string()
+    if backend not in _OPENED_BY:
+        raise ValueError(f"database is {shown!r}; {expected}")
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"database is {shown!r}; expected a file, sqlite:///PATH: memory forgets")
+    return parsed
 
 
 def writing(engine: Engine) -> Engine:
@@ -91,23 +107,12 @@ def _open_postgres(url: URL) -> Engine:
 
 
 def _open_sqlite(url: URL) -> Engine:
-    if url.database in (None, "", ":memory:"):
-        raise ValueError(
-            f"database is {str(url)!r}; expected a file, sqlite:///PATH: memory forgets"
-        )
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, json_serializer=finite_json)
+    engine = create_engine(url.set(drivername="sqlite"), json_serializer=finite_json)
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
     _use_wal(engine)
     return engine
-
-
-def _refuse(url: URL) -> Engine:
-    raise ValueError(
-        f"database is {url.render_as_string()!r}; expected sqlite:///PATH or "
-        "postgresql://USER:PASSWORD@HOST/NAME"
-    )
 
 
 _OPENED_BY: Mapping[str, Callable[[URL], Engine]] = {

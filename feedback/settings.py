@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class StorageSettings(BaseModel):
@@ -23,6 +23,31 @@ class StorageSettings(BaseModel):
     redis: str | None = Field(
         None, description="redis://HOST:PORT/0: wakes processes at once. Without it they poll."
     )
+
+    @field_validator("database")
+    @classmethod
+    def _is_a_records(cls, value: str) -> str:
+        # Its import takes a while, and most commands open no record.
+        from feedback.database import read_url  # noqa: PLC0415
+
+        read_url(value)
+        return value
+
+    @field_validator("redis")
+    @classmethod
+    def _is_a_redis(cls, value: str | None) -> str | None:
+        if value is not None:
+            # As above.
+            from redis.asyncio.connection import parse_url  # noqa: PLC0415
+
+            try:
+                parse_url(value)
+            except ValueError:
+                # Its own words would quote the URL, in which a password may stand.
+                raise ValueError(
+                    "is no URL of a Redis; expected redis://HOST:PORT/0, rediss:// or unix://PATH"
+                ) from None
+        return value
 
 
 class TrainerSection(BaseModel):

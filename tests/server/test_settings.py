@@ -86,6 +86,12 @@ def test_one_address_for_everybody_on_this_machine(host: str, url: str) -> None:
         ({"engine.max_loras": "many"}, "max_loras"),
         ({"trainer.sede": 7}, "sede"),
         ({"trainer.threads": 0}, "threads"),
+        ({"storage.database": "var/hone.db"}, "expected sqlite:///PATH"),
+        ({"storage.database": "postgresql://h:port/hone"}, "expected sqlite:///PATH"),
+        ({"storage.database": "mysql://h/hone"}, "expected sqlite:///PATH"),
+        ({"storage.database": "sqlite://"}, "memory forgets"),
+        ({"storage.redis": "localhost:6379"}, "expected redis://HOST"),
+        ({"storage.redis": "redis://h:port"}, "expected redis://HOST"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(flags: dict[str, object], message: str) -> None:
@@ -101,3 +107,14 @@ def test_others_are_let_in_with_a_key_and_loopback_without() -> None:
 
 def test_a_flags_help_is_its_settings_own() -> None:
     assert described("http.port") == type(Settings().http).model_fields["port"].description
+
+
+def test_a_wrong_url_is_not_repeated_with_its_password() -> None:
+    for key, url in (
+        ("storage.database", "mysql://me:s3cret@h/hone"),
+        ("storage.database", "postgresql://me:s3cret@h:x/hone"),
+        ("storage.redis", "redis://:s3cret/y@h"),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            load_settings({key: url})
+        assert "s3cret" not in caught.value.errors()[0]["msg"]
