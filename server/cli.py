@@ -71,6 +71,8 @@ def serve(
         **_assignments(set_ or []),
     }
     settings = _settings(flags)
+    # OpenBLAS reads it as numpy is imported, and the engine's fork must find no threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Imported here: the other commands should not wait for the serving stack.
     from server.commands import serve as serving  # noqa: PLC0415
 

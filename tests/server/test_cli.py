@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -93,6 +94,9 @@ def test_mistakes_are_a_line_and_status_1() -> None:
             (["serve", "--host", "0.0.0.0"], "api_key"),
             (["serve", "--set", "engine.max_lora=1"], "max_lora"),
             (["serve", "--config", "none.toml"], "none.toml"),
+            (["serve", "--set", "trainer.sede=7"], "trainer.sede"),
+            (["serve", "--set", "storage.database=var/hone.db"], "expected sqlite:///PATH"),
+            (["serve", "--set", "storage.redis=localhost:6379"], "is no URL of a Redis"),
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "server", *arguments],
@@ -101,3 +105,24 @@ def test_mistakes_are_a_line_and_status_1() -> None:
             assert (done.returncode, done.stdout) == (1, "")
             assert message in done.stderr
             assert "Traceback" not in done.stderr
+
+
+def test_numpy_starts_no_threads_before_the_engine_forks() -> None:
+    code = """
+import os
+from server import cli
+try:
+    cli.main()
+except SystemExit:
+    print(os.environ["OMP_NUM_THREADS"], len(os.listdir("/proc/self/task")))
+"""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-c", code, "serve", "--port", port],
+            env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert "cannot listen" in done.stderr
+    assert done.stdout.split() == ["1", "1"]
