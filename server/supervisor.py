@@ -86,12 +86,14 @@ class Supervisor:
         pause = FIRST_PAUSE
         while True:
             began = time.monotonic()
-            await self._run_once()
+            try:
+                await self._run_once()
+                ended = f"ended with status {self._last_exit}"
+            except OSError as error:  # no memory or descriptors left, for now
+                ended = f"could not be started ({error})"
             if time.monotonic() - began > STEADY_SECONDS:
                 pause = FIRST_PAUSE
-            self._log.warning(
-                "ended with status %s; starting it again in %.0f s", self._last_exit, pause
-            )
+            self._log.warning("%s; starting it again in %.0f s", ended, pause)
             await asyncio.sleep(pause)
             self._restarts += 1
             pause = min(2 * pause, LONGEST_PAUSE)

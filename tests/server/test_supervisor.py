@@ -49,6 +49,20 @@ async def test_a_child_that_dies_is_started_again_and_its_lines_are_logged(
     assert not kid.state.alive
 
 
+async def test_a_child_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    kid = Supervisor("kid", (sys.executable, "-c", "import time; time.sleep(60)"))
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/no/such/python")
+        kid.start()
+        await until(lambda: kid.state.restarts >= 2)
+    assert "could not be started" in caplog.text
+    await until(lambda: kid.state.alive)
+    await kid.stop()
+
+
 @pytest.mark.parametrize("stubborn", [False, True])
 async def test_stop_leaves_no_child(stubborn: bool) -> None:
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if stubborn else ""
