@@ -38,6 +38,8 @@ logger = logging.getLogger("hone.server")
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients and proxies keep idle connections (httpx 5 s, many balancers 60 s): whoever
 closes first must not be us, or a request that was just written is lost with the connection."""
+CANCELLED_SECONDS = 5
+"""How long requests that were cancelled may take to end."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -95,7 +97,16 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, without its habit of raising the signal again once it has stopped."""
+    """uvicorn, without its habits of raising the signal again once it has stopped, and of leaving
+    the requests that it cancelled to themselves."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # They still write how they ended, to parts that are stopped next.
+        if cancelled := set(self.server_state.tasks):
+            _, stuck = await asyncio.wait(cancelled, timeout=CANCELLED_SECONDS)
+            if stuck:
+                logger.warning("%d cancelled requests do not end; stopping anyway", len(stuck))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
