@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from feedback.references import UnreadableReference, resolve
 from feedback.types import FeedbackEvent
 from feedback.webhooks.mapping import PayloadMapping, Statement, message_id_in, parse
 from feedback.webhooks.signatures import Headers, Key, Refused, read_key, verify
-from feedback.webhooks.spec import REFERENCE, WebhookFileError, WebhookSpec, load_webhooks
+from feedback.webhooks.spec import WebhookFileError, WebhookSpec, load_webhooks
 
 SOURCE_PREFIX = "webhook:"
 """Before a source's name in the record. Nobody else may say it: `/v1/feedback` refuses it."""
@@ -89,26 +89,9 @@ def open_webhooks(folder: Path) -> dict[str, WebhookSource]:
 
 def _keys(path: Path, spec: WebhookSpec) -> tuple[Key, ...]:
     keys = []
-    for index, reference in enumerate(spec.secrets):
+    for index, reference in enumerate(spec.secrets):  # a public key refers to nothing
         try:
-            keys.append(read_key(spec.scheme, _secret(reference, path.parent)))
-        except ValueError as error:
+            keys.append(read_key(spec.scheme, resolve(reference, path.parent)))
+        except (UnreadableReference, ValueError) as error:
             raise WebhookFileError(f"{path}: secrets.{index}: {error}") from None
     return tuple(keys)
-
-
-def _secret(reference: str, folder: Path) -> str:
-    """The text that a reference stands for. Raises ValueError, which never repeats it."""
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        return reference  # a public key, the one thing that may stand in the file itself
-    kind, name = match.groups()
-    if kind == "env":
-        found = os.environ.get(name)
-        if found is None:
-            raise ValueError(f"environment variable {name!r} is not set")
-        return found.strip()
-    try:
-        return (folder / name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"file {name!r} cannot be read: {type(error).__name__}") from None

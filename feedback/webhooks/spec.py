@@ -6,7 +6,6 @@ Declares only. Secrets are named here, as `${env:NAME}` or `${file:PATH}`, and r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,12 +16,12 @@ from jmespath.exceptions import JMESPathError
 from jmespath.functions import Functions
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from feedback.references import is_reference
 from feedback.spec import Strict
 from feedback.types import LARGEST_VALUE, METRIC_PATTERN
 from feedback.webhooks.signatures import PUBLIC_KEY, Scheme
 
 SOURCE_PATTERN = r"^[a-z][a-z0-9_-]{0,62}$"
-REFERENCE = re.compile(r"\$\{(env|file):([^{}]+)\}")
 
 
 class WebhookFileError(ValueError):
@@ -50,7 +49,7 @@ def _functions(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reference(text: str) -> str:
-    if not REFERENCE.fullmatch(text) and not _is_public(text):
+    if not is_reference(text) and not _is_public(text):
         raise ValueError("expected ${env:NAME} or ${file:PATH}: a secret has no place in this file")
     return text
 

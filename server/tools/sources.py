@@ -1,14 +1,12 @@
 """What an owner writes under `tools:`: where tools come from, and how far they may go.
 
 Declarations only; `server.tools.box.open_toolbox` opens them. Values may name secrets, as
-`${env:NAME}` or `${file:/path}`: they are read when the tool is opened, and the file never holds
+`${env:NAME}` or `${file:PATH}`: they are read when the tool is opened, and the file never holds
 them.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,37 +21,28 @@ from pydantic import (
     model_validator,
 )
 
+from feedback.references import UnreadableReference, anchor, resolve
 from feedback.spec import Strict
 from server.tools.base import ToolUnavailable
 
-_REFERENCE = re.compile(r"\$\{(?:env:([A-Za-z_][A-Za-z0-9_]*)|file:([^}]+))\}")
-
 
 def interpolate(text: str) -> str:
-    """Replace each `${env:NAME}` and `${file:/path}`; raises ToolUnavailable for one not there."""
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return _content(match[2])
-        found = os.environ.get(match[1])
-        if found is None:
-            raise ToolUnavailable(
-                f"environment variable {match[1]!r} is not set, and a tool of the agent needs it; "
-                f"set it, or take {match[0]} out of the agent's file"
-            )
-        return found
-
-    return _REFERENCE.sub(value, text)
-
-
-def _content(path: str) -> str:
-    """What the file holds, without the line break at its end."""
+    """Put values in the place of the references in `text`. Raises ToolUnavailable."""
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return resolve(text)
+    except UnreadableReference as error:
         raise ToolUnavailable(
-            f"file {path!r} cannot be read, and a tool of the agent needs it: {error}"
+            f"{error}, and a tool of the agent needs it; provide it, or take it out of the agent's "
+            "file"
         ) from error
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    if isinstance(value, str):
+        return anchor(value, folder)
+    if isinstance(value, Mapping):
+        return {key: _anchored(item, folder) for key, item in value.items()}
+    return [_anchored(item, folder) for item in value] if isinstance(value, list) else value
 
 
 class Source(Strict):
@@ -69,6 +58,15 @@ class Source(Strict):
         default_factory=dict,
         description="By tool: a JSON Schema that the model's arguments must satisfy besides.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_files_beside_the_agents_file(cls, data: Any, info: ValidationInfo) -> Any:
+        folder = (info.context or {}).get("folder")
+        if folder is None or not isinstance(data, Mapping):
+            return data
+        # No references stand in schemas: there a pattern may look like one.
+        return {k: v if k == "constrain" else _anchored(v, folder) for k, v in data.items()}
 
 
 class _HttpSource(Source):

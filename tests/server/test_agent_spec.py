@@ -8,7 +8,7 @@ import pytest
 
 from feedback.spec import LearningSpec
 from server.agents.spec import AgentFileError, AgentSpec, load_agent, load_agents
-from server.tools.sources import OpenApiSource, PythonSource
+from server.tools.sources import OpenApiSource, PythonSource, interpolate
 
 DESK = """
 name: desk
@@ -47,6 +47,22 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert isinstance(python, PythonSource)
     assert (desk.limits.turns, desk.limits.tokens, desk.limits.seconds) == (6, 2048, 60)
     assert (desk.sampling.temperature, desk.sampling.max_tokens) == (1.0, 64)
+
+
+def test_files_of_secrets_are_beside_the_agents_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    source = """name: desk
+tools:
+  - openapi: desk.json
+    headers: {Authorization: "Bearer ${file:token}"}
+    bind: {pay: {keys: ["${file:token}", "${env:DESK_KEY}"]}}
+    constrain: {pay: {properties: {note: {pattern: "${file:token}"}}}}
+"""
+    [tool] = load_agent(write(tmp_path, source)).tools
+    assert isinstance(tool, OpenApiSource)
+    assert interpolate(tool.headers["Authorization"].get_secret_value()) == "Bearer s3cret"
+    assert tool.bind == {"pay": {"keys": [f"${{file:{tmp_path}/token}}", "${env:DESK_KEY}"]}}
+    assert tool.constrain["pay"]["properties"]["note"]["pattern"] == "${file:token}"
 
 
 def test_the_trainer_reads_the_same_learning_from_the_file(tmp_path: Path) -> None:
