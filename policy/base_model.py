@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils.tqdm import tqdm
 
 POCKET = Path(__file__).parent / "pocket"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -57,12 +60,23 @@ def _find(setting: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(setting, allow_patterns=_FILES))
+        with _no_monitor():
+            return Path(snapshot_download(setting, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"model.path is {setting!r}: no such folder here, and Hugging Face did not give it "
             f"({error}); expected 'pocket', a folder or a model id such as 'Qwen/Qwen3-0.6B'"
         ) from error
+
+
+@contextmanager
+def _no_monitor() -> Iterator[None]:
+    """Progress bars without tqdm's monitor: its thread would stay, and the engine forks next."""
+    before, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    try:
+        yield
+    finally:
+        tqdm.monitor_interval = before
 
 
 def _sha256(file: Path) -> str:

@@ -76,6 +76,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, PromptTooLong
+from policy.forking import warn_of_threads
 from policy.generation import GenerationRecorder, OnGeneration
 from policy.probe import judge_probe
 from policy.process_watch import ProcessWatch
@@ -195,6 +196,7 @@ def create_vllm_engine(
         # On a CPU create_engine_config() asks for spawn, which would import everything twice.
         if current_platform.is_cpu():
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        warn_of_threads()
         client = TappedClient(
             vllm_config=config,
             executor_class=TiedExecutor,
