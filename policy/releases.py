@@ -7,7 +7,7 @@ the trainer nor a restart. Loading and routing are the server's; the folders are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args
@@ -292,7 +292,7 @@ class Releases:
             if now.canary is not None and to is None:
                 steps, target = _taken_back(now), now.live
             else:
-                target = _checked_target(now, to)
+                target = _checked_target(now, to, changes)
                 steps = (
                     *_taken_back(now),
                     Change(now.live.version, "rolled_back"),
@@ -399,14 +399,14 @@ def _taken_back(now: ReleaseState) -> tuple[Change, ...]:
     return () if now.canary is None else (Change(now.canary.ref.version, "rolled_back"),)
 
 
-def _checked_target(now: ReleaseState, to: int | None) -> AdapterRef:
+def _checked_target(now: ReleaseState, to: int | None, changes: Sequence[Change]) -> AdapterRef:
     """Where a rollback of the live version leads."""
     if now.live.is_base:
         raise NothingToRollBack(
             f"policy {now.policy!r} serves its base model, {now.live}; nothing is below it"
         )
     target = now.previous if to is None else AdapterRef(now.policy, to)
-    if target == now.live or not _was_live(now, target):
+    if target == now.live or not _was_live(now, target, changes):
         raise ReleaseConflict(
             f"cannot roll {now.live} back to {target}, which is "
             f"{now.states.get(target.version, 'unknown')!r}; expected version 0 or one "
@@ -415,8 +415,12 @@ def _checked_target(now: ReleaseState, to: int | None) -> AdapterRef:
     return target
 
 
-def _was_live(now: ReleaseState, ref: AdapterRef) -> bool:
-    return ref.is_base or now.states.get(ref.version) in ("retired", "rolled_back")
+def _was_live(now: ReleaseState, ref: AdapterRef, changes: Sequence[Change]) -> bool:
+    """And may be again. A canary that was taken back is 'rolled_back' too, but never was live."""
+    if ref.is_base:
+        return True
+    over = now.states.get(ref.version) in ("retired", "rolled_back")
+    return over and any(c.version == ref.version and c.state == "live" for c in changes)
 
 
 def _state(name: str) -> ReleaseStateName | Mark:

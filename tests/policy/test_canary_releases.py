@@ -82,6 +82,16 @@ def test_a_rollback_to_a_named_version_takes_the_canary_too(releases: Releases) 
     assert (state.canary, state.states[3], state.states[2]) == (None, "rolled_back", "rolled_back")
 
 
+def test_a_rollback_leads_to_no_version_that_was_only_ever_a_canary(releases: Releases) -> None:
+    on_trial(releases)
+    releases.rollback("desk", **WHO)
+    with pytest.raises(ReleaseConflict, match="back to desk@v3, which is 'rolled_back'"):
+        releases.rollback("desk", to=3, **WHO)
+    assert releases.state("desk").live == ref(2)
+    assert releases.rollback("desk", to=1, **WHO) == ref(1)
+    assert releases.rollback("desk", to=2, **WHO) == ref(2), "taken back, but live it was"
+
+
 def test_the_canary_of_a_base_model_is_taken_back_and_then_nothing_is_left(
     releases: Releases,
 ) -> None:
