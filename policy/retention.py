@@ -15,15 +15,15 @@ _OVER = ("retired", "rejected", "rolled_back")
 
 
 def best_version(events: Sequence[ReleaseEvent], state: ReleaseState) -> int | None:
-    """The version of the highest held-out success among those that nobody rejected or took back;
-    the newest of equals. None if no success was ever recorded."""
+    """The version of the highest held-out success among those on disk that nobody rejected or took
+    back; the newest of equals. None if no success was ever recorded."""
     # The event that retires a version carries the figures of the one that replaces it.
     figures = {
         event.ref.version: float(event.figures[SUCCESS])
         for event in events
         if event.state in ("canary", "live")
         and SUCCESS in event.figures
-        and state.states.get(event.ref.version) not in ("rejected", "rolled_back")
+        and state.states.get(event.ref.version) not in ("rejected", "rolled_back", "deleted")
     }
     return max(figures, key=lambda version: (figures[version], version), default=None)
 

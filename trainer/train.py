@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from feedback.store import Store
 from feedback.training import Claim
 from feedback.wakeup import Wakeup, pause_of
 from policy.registry import Registry
-from policy.releases import ReleaseConflict, ReleaseError, Releases
+from policy.releases import ReleaseConflict, ReleaseError, ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
 from policy.validation import AdapterInvalid, RegistryError
 from trainer.algorithms.choice import chosen
@@ -291,15 +291,26 @@ class Trainer:
         """The tracked baseline after the newest batch that became a version.
 
         A rejected version's batch was sampled by versions that did serve, so it counts; what was
-        rolled back does not.
+        rolled back does not, deleted since or not.
         """
-        states = self._releases.state(live.policy).states
-        versions = [v for v, state in states.items() if v and state != "rolled_back"]
+        events = self._releases.events(live.policy)
+        versions = {event.ref.version for event in events} - _rolled_back(events) - {0}
         for version in sorted(versions, reverse=True):
             checkpoint = self._checkpoints.load(AdapterRef(live.policy, version))
             if checkpoint is not None:
                 return checkpoint.baseline
         return Baseline()
+
+
+def _rolled_back(events: Iterable[ReleaseEvent]) -> set[int]:
+    """Versions that were taken out of traffic and did not come back into it."""
+    versions: set[int] = set()
+    for event in events:
+        if event.state == "rolled_back":
+            versions.add(event.ref.version)
+        elif event.state == "live":
+            versions.discard(event.ref.version)
+    return versions
 
 
 def _seed(seed: int, live: AdapterRef, claim: Claim) -> int:

@@ -71,6 +71,16 @@ async def test_the_newest_the_best_and_the_pinned_stay(disk: Disk) -> None:
     assert publish(disk.registry).ref == ref(8), "numbers are never used again"
 
 
+async def test_a_better_version_that_was_taken_back_and_deleted_does_not_doom_the_best(
+    disk: Disk,
+) -> None:
+    disk.goes_live(0.9, 0.5, 0.95)
+    disk.releases.rollback("desk", actor="test", reason="it gamed the held-out tasks")
+    disk.goes_live(0.6, 0.7, 0.8)
+    assert await disk.tidy(keep=1) == [1, 5, 6]
+    assert await disk.tidy(keep=1) == [1, 5, 6], "nor in the next pass, when it is deleted"
+
+
 async def test_what_is_live_where_a_rollback_leads_and_what_is_in_use_stays(disk: Disk) -> None:
     disk.goes_live(*[None] * 6)
     disk.releases.rollback("desk", to=2, actor="test", reason="all of them")

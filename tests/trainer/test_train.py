@@ -60,8 +60,9 @@ def world(
     world.store.close()
 
 
+@pytest.mark.parametrize("deleted", [False, True])
 def test_after_a_rollback_training_starts_from_what_is_live(
-    world: World, more_episodes: Callable[[Store], None]
+    world: World, more_episodes: Callable[[Store], None], deleted: bool
 ) -> None:
     world.run()
     assert world.releases.state("line").live.version == 1
@@ -72,6 +73,8 @@ def test_after_a_rollback_training_starts_from_what_is_live(
 
     more_episodes(world.store)
     world.releases.rollback("line", actor="test", reason="try")
+    if deleted:
+        world.releases.record("line", 1, "deleted", actor="server", reason="over")
     world.run()
     state = world.releases.state("line")
     assert (state.live.version, world.adapter(2).parent) == (2, AdapterRef("line", 0))
