@@ -150,12 +150,14 @@ class Releases:
         actor: str,
         reason: str,
         figures: Mapping[str, Any] | None = None,
+        expected_sequence: int | None = None,
     ) -> None:
         """Append `candidate`, `loaded`, `rejected` or `deleted`; see `record_in` for refusals."""
         with self._transaction() as session:
             self.record_in(
-                session, policy, version, state, actor=actor, reason=reason, figures=figures
-            )
+                session, policy, version, state, actor=actor, reason=reason, figures=figures,
+                expected_sequence=expected_sequence,
+            )  # fmt: skip
 
     def record_in(
         self,
@@ -167,11 +169,13 @@ class Releases:
         actor: str,
         reason: str,
         figures: Mapping[str, Any] | None = None,
+        expected_sequence: int | None = None,
     ) -> None:
         """`record` as part of the caller's transaction, which the caller commits.
 
-        Raises ReleaseConflict for an event that cannot follow the version's last one, and
-        ValueError for version 0 and for the states that other methods write.
+        Raises ReleaseConflict for an event that cannot follow the version's last one or if the
+        state is not as expected (see `promote`), and ValueError for version 0 and for the states
+        that other methods write.
         """
         if state not in _WRITTEN_BY_RECORD or version < 1:
             raise ValueError(
@@ -181,6 +185,7 @@ class Releases:
             )
         changes = self._locked_changes(session, policy)
         now = fold(policy, changes)
+        _check_expected(now, None, expected_sequence)
         before = now.states.get(version)
         if state == "deleted" and version in now.pinned:
             raise ReleaseConflict(f"{AdapterRef(policy, version)} is pinned; it stays on disk")

@@ -276,16 +276,20 @@ class Trainer:
         )  # fmt: skip
 
     def _reject(self, ref: AdapterRef, reason: str, figures: Mapping[str, float]) -> None:
-        logger.warning("%s is rejected: %s", ref, reason, extra={"figures": dict(figures)})
-        if self._releases.state(ref.policy).states.get(ref.version) == "rejected":
+        """Unless somebody, such as another trainer, decided on it first: theirs is the last word."""
+        state = self._releases.state(ref.policy)
+        if state.states.get(ref.version) not in ("candidate", "loaded"):
+            logger.info("%s is decided already; ours would have been: %s", ref, reason)
             return
         try:
             self._releases.record(
-                ref.policy, ref.version, "rejected", actor=ACTOR, reason=reason, figures=figures
-            )
+                ref.policy, ref.version, "rejected", actor=ACTOR, reason=reason, figures=figures,
+                expected_sequence=state.sequence,
+            )  # fmt: skip
         except ReleaseConflict as error:
-            # Somebody made it live by hand meanwhile: theirs is the last word.
-            logger.warning("%s: %s", ref, error)
+            logger.warning("%s is judged again if it is undecided: %s", ref, error)
+            return
+        logger.warning("%s is rejected: %s", ref, reason, extra={"figures": dict(figures)})
 
     def _baseline(self, live: AdapterRef) -> Baseline:
         """The tracked baseline after the newest batch that became a version.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from policy.releases import Canary, Releases
 from policy.types import Adapter, AdapterRef
 from trainer.__main__ import build
 from trainer.checkpoint import Checkpoints
+from trainer.gate import Trial, Verdict
 from trainer.learner import UpdateDiverged
 from trainer.settings import TrainerSettings, load_specs
 from trainer.stop import Stop
@@ -172,6 +174,25 @@ def test_with_a_canary_what_passed_the_gate_is_tried_and_the_line_waits_for_the_
     state = world.releases.state("line")
     assert state.canary == Canary(AdapterRef("line", 2), 0.2)
     assert world.adapter(2).parent == AdapterRef("line", 1)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_of_two_trainers_that_judge_one_candidate_the_later_does_not_kill_its_canary(
+    world: World, monkeypatch: pytest.MonkeyPatch, passed: bool
+) -> None:
+    ref = AdapterRef("line", 1)
+    training = world.spec.training.model_copy(update={"canary": CanarySpec(stages=(0.2, 1.0))})
+    world.spec = world.spec.model_copy(update={"training": training})
+
+    def tried_out_by_another_meanwhile(trial: Trial) -> Verdict:
+        while world.releases.state("line").loaded != (ref,):
+            time.sleep(0.01)
+        world.releases.try_out(ref, 0.2, actor="trainer", reason="passed")
+        return Verdict(passed, "ours", {})
+
+    monkeypatch.setattr(world.trainer._gate, "judge", tried_out_by_another_meanwhile)
+    world.run()
+    assert world.releases.state("line").canary == Canary(ref, 0.2)
 
 
 def test_a_candidate_of_a_version_that_is_no_longer_live_is_rejected(
