@@ -15,6 +15,7 @@ from policy.releases import (
     NotPromotable,
     ReleaseConflict,
     ReleaseEvent,
+    Releases,
     ReleaseState,
 )
 from policy.types import Adapter, AdapterRef
@@ -22,6 +23,9 @@ from server.errors import Conflict, NotFound
 from server.services import Services, ServicesOf
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
+
+ATTEMPTS = 8
+"""How often a rollback is tried while others keep writing events of its policy."""
 
 
 class RollbackIn(BaseModel):
@@ -85,18 +89,11 @@ async def rollback(
     """Take the canary back, or else the live version: no new episode has it when this answers."""
     _check_known(policy, services)
     asked = body or RollbackIn()
-    before = await asyncio.to_thread(services.releases.state, policy)
-    takes_canary = before.canary is not None and asked.to is None
     try:
-        await asyncio.to_thread(
-            services.releases.rollback, policy, actor="api", reason=asked.reason, to=asked.to,
-            # If the canary is decided meanwhile, the live version must not be taken in its place.
-            expected_sequence=before.sequence if takes_canary else None,
-        )  # fmt: skip
+        taken = await asyncio.to_thread(_take_back, services.releases, policy, asked)
     except (NothingToRollBack, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_roll_back", param="to") from error
     await services.controller.reconcile()
-    taken = before.canary.ref if before.canary is not None and takes_canary else before.live
     return {
         "object": "policy.rollback",
         "policy": policy,
@@ -144,6 +141,33 @@ async def pin(policy: str, services: ServicesOf, body: PinIn) -> dict[str, Any]:
     except ReleaseConflict as error:
         raise Conflict(str(error), code="cannot_pin", param="version") from error
     return {"object": "policy.pin", "policy": policy, "id": str(ref), "pinned": body.pinned}
+
+
+def _take_back(releases: Releases, policy: str, asked: RollbackIn) -> AdapterRef:
+    """Roll back what a caller sees in traffic now, whatever is written meanwhile; returns it.
+
+    Raises ReleaseConflict if somebody else took it out of traffic first.
+    """
+    state = releases.state(policy)
+    seen = state.live if state.canary is None or asked.to is not None else state.canary.ref
+    for attempt in range(1, ATTEMPTS + 1):
+        to = asked.to
+        if to is None and state.live == seen and state.canary is not None:
+            # A canary that came after it would be taken in its place.
+            to = state.previous.version
+        try:
+            releases.rollback(
+                policy, actor="api", reason=asked.reason, to=to, expected_sequence=state.sequence
+            )
+        except ReleaseConflict:
+            now = releases.state(policy)
+            is_there = seen == now.live or (now.canary is not None and seen == now.canary.ref)
+            if now.sequence == state.sequence or not is_there or attempt == ATTEMPTS:
+                raise
+            state = now
+        else:
+            break
+    return seen
 
 
 def _asked(state: ReleaseState, version: int | None) -> AdapterRef:

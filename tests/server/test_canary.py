@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from policy.releases import Canary, Releases
 from policy.types import AdapterRef
 from server.canary import CanaryDecider
 from server.canary_evidence import Stage, comparable, weigh
+from server.routes.policies import ATTEMPTS
 from tests.server.house import AGENT, House, running, scripted_parts, settings_in, write_agent
 
 LIVE, TRIED = AdapterRef("desk", 0), AdapterRef("desk", 1)
@@ -281,6 +283,63 @@ def test_a_rollback_takes_the_canary_while_the_live_version_goes_on(house: House
     assert not house.services.controller._canaries
     back = house.http.post("/v1/policies/desk/rollback")
     assert (back.json()["from"], back.json()["live"]) == ("desk@v1", "desk@v0")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_rollback_takes_what_was_live_when_asked_though_a_canary_comes_first(
+    house: House, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    for _ in range(2):
+        house.publish(live=True)
+    releases, rollback = house.services.releases, house.services.releases.rollback
+    candidate = house.publish().ref
+    house.until(lambda: releases.state("desk").loaded == (candidate,))
+    pins = itertools.cycle((True, False))
+    calls = []
+
+    def preceded(*args: Any, **kwargs: Any) -> AdapterRef:
+        if not calls:
+            releases.try_out(candidate, 0.2, actor="trainer", reason="passed")
+        elif busy:
+            releases.pin(AdapterRef("desk", 1), pinned=next(pins), actor="test", reason="busy")
+        calls.append(args)
+        return rollback(*args, **kwargs)
+
+    monkeypatch.setattr(releases, "rollback", preceded)
+    back = house.http.post("/v1/policies/desk/rollback")
+    if busy:
+        assert (back.status_code, back.json()["error"]["code"]) == (409, "cannot_roll_back")
+        assert (releases.state("desk").live.version, len(calls)) == (2, ATTEMPTS)
+    else:
+        assert (back.json()["from"], back.json()["live"]) == ("desk@v2", "desk@v1")
+        assert releases.state("desk").canary is None
+
+
+def test_a_rollback_takes_a_canary_that_goes_live_first_and_nothing_that_comes_after_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.publish(live=True)
+    ref = on_trial(house)
+    releases, rollback = house.services.releases, house.services.releases.rollback
+    others = [
+        lambda: releases.promote(ref, actor="canary", reason="fine"),
+        lambda: rollback("desk", actor="test", reason="somebody was faster"),
+    ]
+
+    def preceded(*args: Any, **kwargs: Any) -> AdapterRef:
+        if others:
+            others.pop(0)()
+        return rollback(*args, **kwargs)
+
+    monkeypatch.setattr(releases, "rollback", preceded)
+    back = house.http.post("/v1/policies/desk/rollback")
+    assert back.status_code == 409, "both came first: it is out of traffic already"
+    assert releases.state("desk").live == AdapterRef("desk", 1)
+
+    ref = on_trial(house)
+    others.append(lambda: releases.promote(ref, actor="canary", reason="fine"))
+    back = house.http.post("/v1/policies/desk/rollback")
+    assert (back.json()["from"], back.json()["live"]) == ("desk@v3", "desk@v1")
 
 
 def test_a_restarted_server_goes_on_with_the_canary_and_rejects_a_damaged_one(
