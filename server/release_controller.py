@@ -178,7 +178,8 @@ class ReleaseController:
         state = await self._settle_live(state)
         await self._settle_canary(state)
         for ref in (*state.candidates, *state.loaded):
-            if ref not in self._engine.loaded:
+            # A candidate that is resident was asked for by name, or its proof was not written down.
+            if ref in state.candidates or ref not in self._engine.loaded:
                 await self._prove(ref, is_new=ref in state.candidates)
         return await asyncio.to_thread(self._releases.state, state.policy)
 
@@ -278,7 +279,8 @@ class ReleaseController:
             adapter = await asyncio.to_thread(self._registry.verify, ref)
         except RegistryError as error:
             raise AdapterRefused(str(error)) from error
-        await self._make_room()
+        if ref not in self._engine.loaded:
+            await self._make_room()
         return await self._engine.load(adapter)
 
     def _tell_loaded(self, ref: AdapterRef, began: float, *, refused: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from feedback.errors import RecordUnavailable
 from feedback.store import Store
 from feedback.wakeup import InProcess
 from policy.leases import Leases
@@ -96,6 +97,36 @@ async def test_a_candidate_that_lies_or_is_damaged_is_rejected_and_the_rest_goes
     assert bad not in site.engine.loaded
     with pytest.raises(NotFound, match="was rejected"):
         await site.controller.hold(bad)
+
+
+async def test_a_candidate_whose_proof_could_not_be_written_down_is_proven_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = [await site.goes_live(policy) for policy in ("shop", "bank")]
+    ref = site.candidate().ref
+    with monkeypatch.context() as away:
+        away.setattr(site.releases, "record", _is_away)
+        with pytest.raises(RecordUnavailable):
+            await site.controller.reconcile()
+    assert site.engine.loaded == {ref, *refs}, "every slot is in use"
+    await site.controller.reconcile()
+    assert site.releases.state("desk").loaded == (ref,)
+
+
+async def test_a_candidate_that_a_client_asked_for_first_is_proven_all_the_same(
+    site: Site,
+) -> None:
+    ref = site.candidate().ref
+    with await site.controller.hold(ref):
+        assert ref in site.engine.loaded
+        await site.controller.reconcile()
+    assert site.releases.state("desk").loaded == (ref,)
+    [figures] = [e.figures for e in site.releases.events("desk") if e.state == "loaded"]
+    assert figures["parity_gap"] == 0.0
+
+
+def _is_away(*_: object, **__: object) -> None:
+    raise RecordUnavailable("the database is locked")
 
 
 async def test_an_old_version_stays_while_it_is_leased_and_goes_with_its_last_lease(
