@@ -30,13 +30,15 @@ from policy.validation import (
     AdapterCorrupt,
     AdapterInvalid,
     AdapterMissing,
+    AdapterUnreadable,
     RegistryError,
     check_adapter,
     check_files,
     read_json,
 )
 
-__all__ = ["AdapterCorrupt", "AdapterInvalid", "AdapterMissing", "Registry", "RegistryError"]
+__all__ = ["AdapterCorrupt", "AdapterInvalid", "AdapterMissing", "AdapterUnreadable"]
+__all__ += ["Registry", "RegistryError"]
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = re.compile(r"v(\d{7,9})")
@@ -118,7 +120,8 @@ class Registry:
     def get(self, ref: AdapterRef) -> Adapter:
         """The record of a version; reads its manifest, not its weights (see `verify`).
 
-        Raises AdapterMissing, AdapterCorrupt, or AdapterInvalid if its base model is another one.
+        Raises AdapterMissing, AdapterUnreadable, AdapterCorrupt, or AdapterInvalid if its base
+        model is another one.
         """
         adapter = self._read(ref)
         if adapter.base_model != self._base_model:
@@ -141,11 +144,9 @@ class Registry:
     def verify(self, ref: AdapterRef) -> Adapter:
         """`get`, and the files are still what was published. Raises AdapterCorrupt if not."""
         adapter = self.get(ref)
-        try:
+        with self._reading(ref, "is damaged"):
             check_files(adapter.path)
             digest = _digest(adapter.path)
-        except (RegistryError, OSError) as error:
-            raise AdapterCorrupt(f"{ref} is damaged: {error}") from error
         if digest != adapter.digest:
             raise AdapterCorrupt(
                 f"{ref} has digest {digest}; expected {adapter.digest}, as published; roll back "
@@ -180,8 +181,8 @@ class Registry:
     def _check_present(self, ref: AdapterRef) -> None:
         if ref.version < 1 or not self._folder(ref).is_dir():
             raise AdapterMissing(
-                f"{ref} is not in {str(self._root)!r}; published versions of {ref.policy!r}: "
-                f"{_numbers(self._line(ref.policy))}"
+                f"{ref} is not in {str(self._root)!r} (setting model.adapters); published versions "
+                f"of {ref.policy!r}: {_numbers(self._line(ref.policy))}"
             )
 
     def _check_draft(self, draft: Path) -> None:
@@ -195,14 +196,27 @@ class Registry:
                 )
 
     def _read(self, ref: AdapterRef) -> Adapter:
-        self._check_present(ref)
-        try:
+        with self._reading(ref, f"has no readable {MANIFEST}"):
+            self._check_present(ref)
             manifest = _Manifest.model_validate_json((self._folder(ref) / MANIFEST).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise AdapterCorrupt(f"{ref} has no readable {MANIFEST}: {error}") from error
         if manifest.name != str(ref):
             raise AdapterCorrupt(f"the folder of {ref} holds {manifest.name!r}; was it moved?")
         return self._adapter(ref, manifest)
+
+    @contextmanager
+    def _reading(self, ref: AdapterRef, damage: str) -> Iterator[None]:
+        """Tell damage of a version, which is for good, from what passes or can be mended."""
+        try:
+            yield
+        except (AdapterMissing, AdapterCorrupt):
+            raise
+        except (AdapterInvalid, ValidationError, FileNotFoundError) as error:
+            self._check_present(ref)  # else its folder went away meanwhile, as a mount does
+            raise AdapterCorrupt(f"{ref} {damage}: {error}") from error
+        except OSError as error:
+            raise AdapterUnreadable(
+                f"{ref} cannot be read from {str(self._root)!r} (setting model.adapters): {error}"
+            ) from error
 
     def _adapter(self, ref: AdapterRef, manifest: _Manifest) -> Adapter:
         return Adapter(

@@ -33,9 +33,10 @@ class RegistryError(Exception):
     """A folder of adapters does not hold what was asked for.
 
     RegistryError
-    ├── AdapterInvalid   a draft, or a version of another base model, that must not be served
-    ├── AdapterMissing   no such version (also a KeyError)
-    └── AdapterCorrupt   a published version is no longer what was published
+    ├── AdapterInvalid      a draft, or a version of another base model, that must not be served
+    ├── AdapterMissing      no such version (also a KeyError): deleted, or nothing is mounted there
+    ├── AdapterUnreadable   the disk or its permissions failed, which says nothing of the version
+    └── AdapterCorrupt      a published version is no longer what was published
     """
 
 
@@ -46,6 +47,10 @@ class AdapterInvalid(RegistryError):
 class AdapterMissing(RegistryError, KeyError):
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would quote it
+
+
+class AdapterUnreadable(RegistryError):
+    pass
 
 
 class AdapterCorrupt(RegistryError):

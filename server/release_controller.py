@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 from feedback.errors import RecordUnavailable
 from feedback.wakeup import Wakeup, pause_of
 from policy.engine import AdapterRefused, Engine, EngineDead
 from policy.leases import Leases
-from policy.registry import AdapterInvalid, Registry, RegistryError
+from policy.registry import AdapterCorrupt, AdapterUnreadable, Registry, RegistryError
 from policy.releases import (
     Canary,
     ReleaseConflict,
@@ -33,6 +32,8 @@ from policy.types import AdapterRef, ProbeReport
 from server.errors import NotFound, Unavailable
 
 logger = logging.getLogger("hone.releases")
+
+P = ParamSpec("P")
 
 ACTOR = "server"
 ROOM_SECONDS = 10.0
@@ -88,10 +89,17 @@ class ReleaseController:
         self._task: asyncio.Task[None] | None = None
         self._is_blind = False
         """Whether the events could not be read the last time."""
+        self._told: dict[AdapterRef, str] = {}
+        """Why a version cannot be served for now, as the log has it already."""
 
     async def start(self) -> None:
-        """Bring the engine to the recorded state, then follow it in the background."""
-        await self.reconcile()
+        """Bring the engine to the recorded state, then follow it in the background.
+
+        Raises RegistryError or AdapterRefused if what takes traffic cannot be served for a reason
+        that condemns no version, such as a folder that is not mounted.
+        """
+        for error in (await self.reconcile()).values():
+            raise error
         loop = asyncio.get_running_loop()
 
         def nudge() -> None:
@@ -140,15 +148,28 @@ class ReleaseController:
         lease.enter_context(self._leases.hold(ref))
         return lease
 
-    async def reconcile(self) -> None:
-        """One pass: follow every policy's events, then unload what nothing needs."""
+    async def reconcile(self) -> Mapping[str, Exception]:
+        """One pass: follow every policy's events, then unload what nothing needs.
+
+        Returns the policies that could not follow theirs, with the reason: their traffic goes on
+        with what is resident, and the next pass tries again.
+        """
+        stuck: dict[str, Exception] = {}
         async with self._lock:
-            states = await asyncio.to_thread(self._read)
-            settled = [await self._settle(state) for state in states]
-            self._kept = frozenset(ref for state in settled for ref in _kept(state))
+            settled = []
+            for state in await asyncio.to_thread(self._read):
+                try:
+                    settled.append(await self._settle(state))
+                except (RegistryError, AdapterRefused) as error:
+                    self._tell(state.live, f"the events of {state.policy} wait: {error}")
+                    settled.append(state)
+                    stuck[state.policy] = error
+            needed = (ref for state in settled for ref in _kept(state))
+            self._kept = frozenset((*needed, *self._routed(stuck)))
             self._spare = frozenset(state.previous for state in settled)
             for ref in self._engine.loaded - self._kept - self._spare:
                 await self._unload(ref)
+        return stuck
 
     async def _follow(self) -> None:
         while True:
@@ -183,7 +204,21 @@ class ReleaseController:
                 await self._prove(ref, is_new=ref in state.candidates)
         return await asyncio.to_thread(self._releases.state, state.policy)
 
+    def _routed(self, policies: Iterable[str]) -> Iterable[AdapterRef]:
+        """What traffic of `policies` takes now, whatever their events say."""
+        for policy in policies:
+            yield self.live(policy)
+            if policy in self._canaries:
+                yield self._canaries[policy].ref
+
+    def _tell(self, ref: AdapterRef, why: str) -> None:
+        """Passes are several a second: say the same once."""
+        if self._told.get(ref) != why:
+            logger.error("%s", why)
+            self._told[ref] = why
+
     async def _settle_live(self, state: ReleaseState) -> ReleaseState:
+        """Raises RegistryError or AdapterRefused if that is no fault of the live version."""
         began = time.perf_counter()
         while not self._is_routable(state.live):
             try:
@@ -191,11 +226,12 @@ class ReleaseController:
             except NoRoom:
                 logger.warning("%s is live, but no adapter slot is free yet", state.live)
                 return state
+            except AdapterCorrupt as error:
+                state = await asyncio.to_thread(self._take_back, state, str(error), damaged=True)
             except AdapterRefused as error:
-                if isinstance(error.__cause__, AdapterInvalid):
-                    # Of another base model: a wrong setting must not condemn the version for ever.
-                    raise
-                state = await asyncio.to_thread(self._take_back, state, str(error))
+                if not await self._can_serve(state.previous):
+                    raise  # two in a row: the engine is to blame, not each version down to the base
+                state = await asyncio.to_thread(self._take_back, state, str(error), damaged=False)
         if self._live.get(state.policy) != state.live:
             logger.info("new episodes of %s take %s", state.policy, state.live)
             if self._watcher is not None and state.policy in self._live:
@@ -214,25 +250,48 @@ class ReleaseController:
             except NoRoom:
                 logger.warning("%s is the canary, but no adapter slot is free yet", canary.ref)
                 return
-            except AdapterRefused as error:
-                if isinstance(error.__cause__, AdapterInvalid):
-                    raise  # as above
+            except AdapterCorrupt as error:
                 logger.error("%s cannot be served and is rejected: %s", canary.ref, error)
                 await self._record(canary.ref, "rejected", str(error), {})
+                return
+            except AdapterRefused as error:
+                logger.error("%s cannot be served and is taken back: %s", canary.ref, error)
+                await self._write(
+                    self._releases.rollback, state.policy, actor=ACTOR, reason=str(error),
+                    expected_sequence=state.sequence,
+                )  # fmt: skip
                 return
         if self._canaries.get(state.policy) != canary:
             logger.info("%s takes %.3g %% of new episodes", canary.ref, 100 * canary.share)
             self._canaries[state.policy] = canary
 
-    def _take_back(self, state: ReleaseState, reason: str) -> ReleaseState:
-        """A live version that cannot be served: back to the one before it, with the reason."""
+    async def _can_serve(self, ref: AdapterRef) -> bool:
+        """Whether a rollback that leads to `ref` would help; what is damaged, the next one skips.
+
+        Raises RegistryError if its folder cannot be read.
+        """
+        if not self._is_routable(ref):
+            try:
+                await self._load(ref)
+            except AdapterRefused:
+                return False
+            except (AdapterCorrupt, NoRoom):
+                return True
+        return True
+
+    def _take_back(self, state: ReleaseState, reason: str, *, damaged: bool) -> ReleaseState:
+        """A live version that cannot be served: back to the one before it, with the reason.
+
+        Only damage is for good; what an engine refuses today may be promoted again.
+        """
         policy, version, before = state.policy, state.live.version, state.previous.version
         logger.error("%s cannot be served and is rolled back: %s", state.live, reason)
         with contextlib.suppress(ReleaseConflict):
             self._releases.rollback(
                 policy, actor=ACTOR, reason=reason, to=before, expected_live=version
             )
-            self._releases.record(policy, version, "rejected", actor=ACTOR, reason=reason)
+            if damaged:
+                self._releases.record(policy, version, "rejected", actor=ACTOR, reason=reason)
         return self._releases.state(policy)
 
     async def _prove(self, ref: AdapterRef, *, is_new: bool) -> None:
@@ -241,9 +300,13 @@ class ReleaseController:
         except NoRoom:
             logger.info("%s waits for an adapter slot", ref)
             return
-        except AdapterRefused as error:
+        except (AdapterCorrupt, AdapterRefused) as error:
             logger.error("%s is rejected: %s", ref, error)
             await self._record(ref, "rejected", str(error), {})
+            return
+        except RegistryError as error:
+            # It takes no traffic yet: its folder may come back without a start that fails.
+            self._tell(ref, f"{ref} waits to be proven: {error}")
             return
         if is_new:
             figures = {} if report is None else _figures(report)
@@ -253,32 +316,35 @@ class ReleaseController:
     async def _record(
         self, ref: AdapterRef, state: ReleaseStateName, reason: str, figures: dict[str, float]
     ) -> None:
-        record = functools.partial(self._releases.record, actor=ACTOR, reason=reason)
+        await self._write(
+            self._releases.record, ref.policy, ref.version, state,
+            actor=ACTOR, reason=reason, figures=figures,
+        )  # fmt: skip
+
+    async def _write(self, write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            await asyncio.to_thread(record, ref.policy, ref.version, state, figures=figures)
+            await asyncio.to_thread(write, *args, **kwargs)
         except ReleaseError as error:
             # Another process moved it on meanwhile; the next pass follows what it wrote.
-            logger.info("%s: %s", ref, error)
+            logger.info("%s", error)
 
     def _is_routable(self, ref: AdapterRef) -> bool:
         return ref.is_base or (ref in self._engine.loaded and ref not in self._unloading)
 
     async def _load(self, ref: AdapterRef) -> ProbeReport | None:
-        """Verify and load, making room first. Raises AdapterRefused, saying why, or NoRoom."""
+        """Verify and load, making room first. Raises RegistryError, AdapterRefused or NoRoom."""
         began = time.perf_counter()
         try:
             report = await self._verify_and_load(ref)
-        except AdapterRefused:
+        except (RegistryError, AdapterRefused):
             self._tell_loaded(ref, began, refused=True)
             raise
         self._tell_loaded(ref, began, refused=False)
+        self._told.pop(ref, None)
         return report
 
     async def _verify_and_load(self, ref: AdapterRef) -> ProbeReport | None:
-        try:
-            adapter = await asyncio.to_thread(self._registry.verify, ref)
-        except RegistryError as error:
-            raise AdapterRefused(str(error)) from error
+        adapter = await asyncio.to_thread(self._registry.verify, ref)
         if ref not in self._engine.loaded:
             await self._make_room()
         return await self._engine.load(adapter)
@@ -333,7 +399,9 @@ class ReleaseController:
                         code="no_adapter_slot",
                     ) from None
                 await asyncio.sleep(self._poll_seconds)
-            except AdapterRefused as error:
+            except AdapterUnreadable as error:
+                raise Unavailable(str(error), code="adapter_unreadable") from error
+            except (RegistryError, AdapterRefused) as error:
                 raise NotFound(str(error), code="model_not_found", param="model") from error
 
 

@@ -19,7 +19,7 @@ from policy.releases import (
     ReleaseState,
 )
 from policy.types import Adapter, AdapterRef
-from server.errors import Conflict, NotFound
+from server.errors import Conflict, NotFound, Unavailable
 from server.services import Services, ServicesOf
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
@@ -93,7 +93,7 @@ async def rollback(
         taken = await asyncio.to_thread(_take_back, services.releases, policy, asked)
     except (NothingToRollBack, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_roll_back", param="to") from error
-    await services.controller.reconcile()
+    await _follow(policy, services)
     return {
         "object": "policy.rollback",
         "policy": policy,
@@ -119,7 +119,7 @@ async def promote(
         )  # fmt: skip
     except (NotPromotable, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_promote", param="version") from error
-    await services.controller.reconcile()
+    await _follow(policy, services)
     return {
         "object": "policy.promotion",
         "policy": policy,
@@ -141,6 +141,17 @@ async def pin(policy: str, services: ServicesOf, body: PinIn) -> dict[str, Any]:
     except ReleaseConflict as error:
         raise Conflict(str(error), code="cannot_pin", param="version") from error
     return {"object": "policy.pin", "policy": policy, "id": str(ref), "pinned": body.pinned}
+
+
+async def _follow(policy: str, services: Services) -> None:
+    """Raises Unavailable if what was just written is not in force yet."""
+    stuck = await services.controller.reconcile()
+    if policy in stuck:
+        raise Unavailable(
+            f"it is recorded, but {services.controller.live(policy)} goes on for now: "
+            f"{stuck[policy]}",
+            code="release_waits",
+        )
 
 
 def _take_back(releases: Releases, policy: str, asked: RollbackIn) -> AdapterRef:

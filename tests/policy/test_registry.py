@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from policy.registry import AdapterCorrupt, AdapterInvalid, AdapterMissing, Registry
+from policy.registry import (
+    AdapterCorrupt,
+    AdapterInvalid,
+    AdapterMissing,
+    AdapterUnreadable,
+    Registry,
+)
 from policy.types import AdapterRef, Probe
 from policy.validation import check_adapter
 
@@ -313,6 +320,41 @@ def test_verify_finds_one_changed_bit(registry: Registry, draft: Path, name: str
     assert registry.get(adapter.ref) == adapter  # reads no weights
     with pytest.raises(AdapterCorrupt, match="digest"):
         registry.verify(adapter.ref)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors"])
+def test_a_disk_that_fails_damages_no_version(
+    registry: Registry, draft: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ref = registry.publish(draft, policy="desk").ref
+    read_bytes = Path.read_bytes
+
+    def fail(file: Path) -> bytes:
+        if file.name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read_bytes(file)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_bytes", fail)
+        with pytest.raises(AdapterUnreadable, match=r"model\.adapters.*Too many open files"):
+            registry.verify(ref)
+    assert registry.verify(ref).ref == ref
+
+
+def test_a_mount_that_goes_away_while_it_is_read_damages_no_version(
+    registry: Registry, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = registry.publish(draft, policy="desk").ref
+    read_bytes = Path.read_bytes
+
+    def unmounted(file: Path) -> bytes:
+        if file.name == "adapter_model.safetensors":
+            (tmp_path / "adapters").rename(tmp_path / "elsewhere")
+        return read_bytes(file)
+
+    monkeypatch.setattr(Path, "read_bytes", unmounted)
+    with pytest.raises(AdapterMissing, match=r"model\.adapters"):
+        registry.verify(ref)
 
 
 def test_numbers_are_never_reused(registry: Registry, draft: Path, tmp_path: Path) -> None:

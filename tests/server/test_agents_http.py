@@ -147,6 +147,21 @@ def test_a_rollback_is_in_force_when_it_answers(orders_house: House) -> None:
     assert listed["desk"]["adapter"] == "desk@v1"
 
 
+def test_a_rollback_to_a_folder_that_is_away_says_that_it_waits(orders_house: House) -> None:
+    house = orders_house
+    for _ in range(3):
+        first = house.publish(live=True).path.with_name("v0000001")
+    house.until(lambda: AdapterRef("desk", 1) not in house.services.engine.loaded)
+    away = first.rename(first.with_name("away"))
+    answer = house.http.post("/v1/policies/desk/rollback", json={"to": 1})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "release_waits")
+    assert "desk@v3 goes on for now" in answer.json()["error"]["message"]
+    run = house.http.post("/v1/agents/desk/runs", json={"input": "hi"}).json()
+    assert run["model"] == "desk@v3"
+    away.rename(first)
+    house.until(lambda: house.services.controller.live("desk") == AdapterRef("desk", 1))
+
+
 def test_a_client_that_hangs_up_ends_its_run_and_frees_the_adapter(tmp_path: Path) -> None:
     write_agent(tmp_path)
     parts = scripted_parts(tmp_path, engine=lambda base, settings: scripted_engine(0.02))

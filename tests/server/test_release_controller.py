@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import pytest
@@ -10,14 +10,26 @@ import pytest
 from feedback.errors import RecordUnavailable
 from feedback.store import Store
 from feedback.wakeup import InProcess
+from policy.engine import AdapterRefused
 from policy.leases import Leases
-from policy.registry import AdapterInvalid, Registry
+from policy.registry import AdapterInvalid, AdapterMissing, Registry
 from policy.releases import Releases
 from policy.scripted import ScriptedEngine
-from policy.types import Adapter, AdapterRef
+from policy.types import Adapter, AdapterRef, ProbeReport
 from server.errors import NotFound
 from server.release_controller import ReleaseController
-from tests.server.house import BASE_DIGEST, SLOTS, publish, scripted_engine
+from tests.server.house import BASE_DIGEST, SLOTS, byte_chat, publish
+
+
+class Choosy(ScriptedEngine):
+    """Has no memory for some versions."""
+
+    refused: Collection[AdapterRef] = ()
+
+    async def load(self, adapter: Adapter) -> ProbeReport | None:
+        if adapter.ref in self.refused:
+            raise AdapterRefused(f"no memory for {adapter.ref}")
+        return await super().load(adapter)
 
 
 class Site:
@@ -28,7 +40,8 @@ class Site:
         self.registry = Registry(folder / "adapters", base_digest, 16)
         self.releases = Releases(self.store.database)
         self.leases = Leases()
-        self.engine: ScriptedEngine = scripted_engine()
+        chat = byte_chat()
+        self.engine = Choosy(lambda *_: [1], chat.text, eos_id=0)
         self.controller = ReleaseController(
             self.engine,
             self.registry,
@@ -181,10 +194,125 @@ async def test_another_base_model_condemns_no_version(tmp_path: Path) -> None:
     before.store.close()
 
     after = Site(tmp_path, base_digest="sha256:another")
-    with pytest.raises(Exception, match=r"model\.path") as raised:
-        await after.controller.reconcile()
-    assert isinstance(raised.value.__cause__, AdapterInvalid)
+    with pytest.raises(AdapterInvalid, match=r"model\.path"):
+        await after.controller.start()
     assert after.releases.state("desk").live == ref
+    after.store.close()
+
+
+async def test_a_folder_that_is_not_mounted_condemns_no_version_and_fails_the_start(
+    tmp_path: Path,
+) -> None:
+    before = Site(tmp_path)
+    refs = [await before.goes_live() for _ in range(2)]
+    seen = before.releases.events("desk")
+    before.store.close()
+    (tmp_path / "adapters").rename(tmp_path / "unmounted")
+
+    after = Site(tmp_path)
+    with pytest.raises(AdapterMissing, match=rf"{tmp_path}/adapters' \(setting model\.adapters"):
+        await after.controller.start()
+    assert after.releases.events("desk") == seen
+    (tmp_path / "unmounted").rename(tmp_path / "adapters")
+    await after.controller.reconcile()
+    assert after.controller.live("desk") == refs[1]
+    after.store.close()
+
+
+async def test_while_a_folder_is_away_traffic_goes_on_and_other_policies_follow(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = await site.goes_live()
+    second = await site.goes_live()
+    await site.goes_live("shop")
+    third = site.candidate().ref
+    site.releases.rollback("shop", actor="cli", reason="make room")
+    await site.controller.reconcile()
+    site.releases.promote(third, actor="trainer", reason="gate passed")
+    await site.controller.reconcile()
+    assert site.engine.loaded >= {second, third}
+
+    line = tmp_path / "adapters" / "desk"
+    line.rename(tmp_path / "away")
+    site.releases.rollback("desk", actor="cli", reason="worse", to=first.version)
+    waiting, shop = site.candidate("shop").ref, AdapterRef("shop", 2)
+    assert first not in site.engine.loaded
+    for _ in range(3):
+        assert list(await site.controller.reconcile()) == ["desk"]
+        assert site.controller.live("desk") == third
+        assert third in site.engine.loaded, "it is routed, though it was taken back"
+    assert site.releases.state("shop").loaded == (waiting,) == (shop,)
+    assert caplog.text.count("the events of desk wait") == 1
+
+    (tmp_path / "away").rename(line)
+    assert await site.controller.reconcile() == {}
+    assert site.controller.live("desk") == first
+
+
+async def test_a_candidate_whose_folder_is_away_waits_and_fails_no_start(
+    site: Site, tmp_path: Path
+) -> None:
+    ref = site.candidate().ref
+    (tmp_path / "adapters").rename(tmp_path / "unmounted")
+    await site.controller.start()
+    await site.controller.stop()
+    assert site.releases.state("desk").candidates == (ref,)
+    (tmp_path / "unmounted").rename(tmp_path / "adapters")
+    await site.controller.reconcile()
+    assert site.releases.state("desk").loaded == (ref,)
+
+
+async def test_an_engine_that_refuses_the_live_version_takes_one_step_back_and_rejects_nothing(
+    tmp_path: Path,
+) -> None:
+    before = Site(tmp_path)
+    first, second, third = [await before.goes_live() for _ in range(3)]
+    before.store.close()
+
+    after = Site(tmp_path)
+    after.engine.refused = {third}
+    await after.controller.start()
+    await after.controller.stop()
+    state = after.releases.state("desk")
+    assert (state.live, state.history) == (second, (first.version,))
+    assert state.states[third.version] == "rolled_back"
+    assert after.controller.live("desk") == second
+    after.store.close()
+
+
+async def test_an_engine_that_refuses_every_version_fails_the_start_and_the_record_stays(
+    tmp_path: Path,
+) -> None:
+    before = Site(tmp_path)
+    refs = [await before.goes_live() for _ in range(3)]
+    seen = before.releases.events("desk")
+    before.store.close()
+
+    after = Site(tmp_path)
+    after.engine.refused = set(refs)
+    with pytest.raises(AdapterRefused, match="no memory for desk@v3"):
+        await after.controller.start()
+    assert after.releases.events("desk") == seen
+    after.store.close()
+
+
+async def test_an_engine_that_refuses_the_canary_takes_it_back_and_the_live_one_stays(
+    tmp_path: Path,
+) -> None:
+    before = Site(tmp_path)
+    live = await before.goes_live()
+    canary = before.candidate().ref
+    await before.controller.reconcile()
+    before.releases.try_out(canary, 0.2, actor="trainer", reason="gate passed")
+    before.store.close()
+
+    after = Site(tmp_path)
+    after.engine.refused = {canary}
+    await after.controller.start()
+    await after.controller.stop()
+    state = after.releases.state("desk")
+    assert (state.live, state.canary) == (live, None)
+    assert state.states[canary.version] == "rolled_back"
     after.store.close()
 
 
