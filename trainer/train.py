@@ -276,7 +276,7 @@ class Trainer:
         )  # fmt: skip
 
     def _reject(self, ref: AdapterRef, reason: str, figures: Mapping[str, float]) -> None:
-        """Unless somebody, such as another trainer, decided on it first: theirs is the last word."""
+        """Unless somebody, such as another trainer, decided first: theirs is the last word."""
         state = self._releases.state(ref.policy)
         if state.states.get(ref.version) not in ("candidate", "loaded"):
             logger.info("%s is decided already; ours would have been: %s", ref, reason)

@@ -295,7 +295,7 @@ def test_a_rollback_takes_what_was_live_when_asked_though_a_canary_comes_first(
     candidate = house.publish().ref
     house.until(lambda: releases.state("desk").loaded == (candidate,))
     pins = itertools.cycle((True, False))
-    calls = []
+    calls: list[Any] = []
 
     def preceded(*args: Any, **kwargs: Any) -> AdapterRef:
         if not calls:
@@ -321,7 +321,7 @@ def test_a_rollback_takes_a_canary_that_goes_live_first_and_nothing_that_comes_a
     house.publish(live=True)
     ref = on_trial(house)
     releases, rollback = house.services.releases, house.services.releases.rollback
-    others = [
+    others: list[Callable[[], object]] = [
         lambda: releases.promote(ref, actor="canary", reason="fine"),
         lambda: rollback("desk", actor="test", reason="somebody was faster"),
     ]
