@@ -90,8 +90,6 @@ class SuppliedToolBox(ToolBox):
     def __init__(self, supplies: Sequence[tuple[Supply, Rules]]) -> None:
         self._supplies = supplies
         self._offer = [supply.tools for supply, _ in supplies]
-        for tools, (_, rules) in zip(self._offer, supplies, strict=True):
-            rules.check_names(tools)
         super().__init__(self._ruled())
         self._now: ToolBox = self
 

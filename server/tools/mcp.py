@@ -7,6 +7,7 @@ time-outs and failures are the box's.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,9 @@ class McpServer:
         self._connection = McpConnection(source)
         self._listed: tuple[wire.Tool, ...] = ()
         self._tools: tuple[Tool, ...] = ()
+        self._names: dict[str, str] = {}
+        """By the server's own name: what a tool was first called, and is called from then on. Rules
+        go by it, so that no newcomer may take the name of another, nor push it onto the next."""
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -79,18 +83,33 @@ class McpServer:
                 f"MCP server {str(self._source)!r}: `tools` names {missing!r}, which it does not "
                 f"have; it has {sorted(names)!r}"
             )
+        self._check_rules()
 
     async def aclose(self) -> None:
         await self._connection.aclose()
 
+    def _check_rules(self) -> None:
+        """Raises ToolUnavailable for a rule about a name that only the list's order gave a tool."""
+        ruled = {*self._source.bind, *self._source.constrain}
+        _ = self.tools  # to read them is to name them
+        sharers = Counter(map(self._plain, self._names))
+        alike = [raw for raw in self._names if sharers[self._plain(raw)] > 1]
+        if names := sorted(ruled.intersection(self._names[raw] for raw in alike)):
+            raise ToolUnavailable(
+                f"MCP server {str(self._source)!r}: `bind` or `constrain` names {names!r}, but the "
+                f"names of {alike!r} are alike to a model; leave all but one out with `tools`"
+            )
+
     def _read(self) -> list[McpTool]:
         allowed = self._source.tools
         found: list[McpTool] = []
-        taken: set[str] = set()
-        for tool in self._listed:
+        taken = set(self._names.values())
+        for tool in {tool.name: tool for tool in self._listed}.values():
             if allowed is not None and tool.name not in allowed:
                 continue
-            name = unique(tool_name(self._source.prefix + tool.name), taken)
+            if tool.name not in self._names:
+                self._names[tool.name] = unique(self._plain(tool.name), taken)
+            name = self._names[tool.name]
             try:
                 spec = ToolSpec(name, _description(tool), _parameters(name, tool))
             except ToolUnavailable as error:
@@ -98,6 +117,10 @@ class McpServer:
                 continue
             found.append(McpTool(spec, tool.name, self._connection, self._source))
         return found
+
+    def _plain(self, raw: str) -> str:
+        """The name of a tool whose server calls it `raw`, if none is alike."""
+        return tool_name(self._source.prefix + raw)
 
 
 async def open_mcp_server(source: McpSource) -> McpServer:

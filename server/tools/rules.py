@@ -7,7 +7,7 @@ silently without effect would be worse than none.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,18 +28,19 @@ class Rules:
         """Raises ToolUnavailable for a variable that is not set."""
         return cls(_filled(source.bind), source.constrain)
 
-    def check_names(self, tools: Sequence[Tool]) -> None:
-        """Raises ToolUnavailable for a rule about no tool."""
+    def over(self, tools: Sequence[Tool]) -> list[Tool]:
+        """`tools` under these rules. Raises ToolUnavailable for a rule about no tool, and for one
+        that cannot be kept."""
+        self._check_names(tools)
+        return [self._over(tool) for tool in tools]
+
+    def _check_names(self, tools: Sequence[Tool]) -> None:
         names = {tool.spec.name for tool in tools}
         if missing := sorted({*self.bind, *self.constrain} - names):
             raise ToolUnavailable(
                 f"`bind` or `constrain` names {missing!r}, which is no tool of this source; its "
                 f"tools are {sorted(names)!r}"
             )
-
-    def over(self, tools: Iterable[Tool]) -> list[Tool]:
-        """`tools` under these rules. Raises ToolUnavailable for one that cannot be kept."""
-        return [self._over(tool) for tool in tools]
 
     def _over(self, tool: Tool) -> Tool:
         name = tool.spec.name

@@ -18,7 +18,7 @@ TOOLS = [
         "description": f"To {name}.",
         "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}},
     }
-    for name in ("echo", "die", "mute", "learn", "forget", "ask", "stray")
+    for name in ("echo", "die", "mute", "learn", "forget", "ask", "stray", "lead")
 ]
 BAD = {"name": "bad", "inputSchema": {"type": "object", "properties": {"a": {"type": "no type"}}}}
 asked: dict[str, Any] = {}
@@ -41,6 +41,9 @@ def called(identity: Any, name: str, arguments: Mapping[str, Any]) -> None:
         return
     if name == "learn":
         TOOLS.append({**TOOLS[0], "name": text})
+        listed()
+    if name == "lead":
+        TOOLS.insert(0, {**TOOLS[0], "name": text})
         listed()
     if name == "forget":
         TOOLS[:] = [tool for tool in TOOLS if tool["name"] != text]

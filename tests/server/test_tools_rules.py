@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from server.tools.sources import McpSource, OpenApiSource, PythonSource
 from tests.server.test_tools_openapi import build_service, serve
 
 CONTEXT = CallContext(episode_id="ep_1", call_id="call_1", turn=0)
+BARE = (sys.executable, "-S", str(Path(__file__).parent / "mcp_bare.py"))
+MODEST = {"echo": {"properties": {"text": {"maxLength": 3}}}}
 
 
 def pay(account: str, cents: int, note: str = "") -> dict[str, Any]:
@@ -119,9 +123,8 @@ async def test_http_and_mcp_tools_obey_too() -> None:
         "bind": {"refund_create": {"x-reason": "policy"}},
         "constrain": {"refund_create": {"properties": {"cents": {"maximum": 500}}}},
     }
-    bare = (sys.executable, "-S", str(Path(__file__).parent / "mcp_bare.py"))
     mcp = McpSource(
-        mcp=bare, prefix="m_", tools=("echo", "learn"), bind={"m_echo": {"text": "fixed"}}
+        mcp=BARE, prefix="m_", tools=("echo", "learn"), bind={"m_echo": {"text": "fixed"}}
     )
     box = await open_toolbox([OpenApiSource(**openapi), mcp])
     try:
@@ -137,3 +140,63 @@ async def test_http_and_mcp_tools_obey_too() -> None:
         await box.aclose()
         server.should_exit = True
         thread.join(5)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.02)
+
+
+async def test_a_server_cannot_shed_a_rule_by_renaming_its_tool(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    box = await open_toolbox([McpSource(mcp=BARE, constrain=MODEST)])
+    try:
+        await box.call("learn", {"text": "echo2"}, CONTEXT)
+        await until(lambda: "echo2" in box.now().names)
+        before = box.now()
+        await box.call("forget", {"text": "echo"}, CONTEXT)
+        await until(lambda: box.now() is before and "no tool of this source" in caplog.text)
+        assert (await box.now().call("echo", {"text": "long"}, CONTEXT)).status == "refused"
+        await box.call("learn", {"text": "echo"}, CONTEXT)
+        await until(lambda: box.now() is not before)
+        assert (await box.now().call("echo", {"text": "long"}, CONTEXT)).status == "refused"
+    finally:
+        await box.aclose()
+
+
+async def test_a_rule_stays_with_its_tool_when_one_of_a_like_name_comes_first() -> None:
+    box = await open_toolbox([McpSource(mcp=BARE, constrain=MODEST)])
+    try:
+        await box.call("lead", {"text": "echo."}, CONTEXT)
+        await until(lambda: "echo_2" in box.now().names)
+        now = box.now()
+        assert now.names[:2] == ("echo_2", "echo")
+        assert (await now.call("echo", {"text": "long"}, CONTEXT)).status == "refused"
+        assert (await now.call("echo", {"text": "la"}, CONTEXT)).text == "echo la"
+        assert (await now.call("echo_2", {"text": "long"}, CONTEXT)).text == "echo. long"
+        # Nor does it inherit the name, and the rule with it, once the other has gone.
+        await box.call("forget", {"text": "echo"}, CONTEXT)
+        await box.call("learn", {"text": "sing"}, CONTEXT)
+        await asyncio.sleep(0.3)
+        assert box.now() is now
+    finally:
+        await box.aclose()
+
+
+TWINS = """
+import runpy, sys
+bare = runpy.run_path({bare!r})
+bare["TOOLS"].append({{**bare["TOOLS"][0], "name": "echo."}})
+bare["main"]()
+"""
+
+
+async def test_a_rule_that_would_go_by_the_order_of_tools_is_a_fault() -> None:
+    one_name = (*BARE[:-1], "-c", TWINS.format(bare=BARE[-1]))
+    with pytest.raises(ToolUnavailable, match=r"\['echo'\], but the names of \['echo', 'echo.'\]"):
+        await open_toolbox([McpSource(mcp=one_name, constrain=MODEST)])
+    box = await open_toolbox([McpSource(mcp=one_name, tools=("echo",), constrain=MODEST)])
+    await box.aclose()
