@@ -162,7 +162,8 @@ class _Bounded(httpx2.AsyncByteStream):
         async for chunk in self._stream:
             read += len(chunk)
             if read > self._limit:
-                raise httpx2.ReadError(f"the answer has more than {self._limit} bytes")
+                # What the MCP SDK takes for a failure of this one call; others end its session.
+                raise httpx2.StreamError(f"the answer has more than {self._limit} bytes")
             yield chunk
 
     async def aclose(self) -> None:

@@ -1,6 +1,7 @@
-"""An MCP server of ours that does what servers do wrong: `python mcp_house.py [PORT]`.
+"""An MCP server of ours that does what servers do wrong: `python mcp_house.py [PORT [json]]`.
 
-Over stdio, or over streamable HTTP on a port. Tools named `die` and `hang_forever` mean it.
+Over stdio, or over streamable HTTP on a port, in streams of events or plain JSON. Tools named `die`
+and `hang_forever` mean it.
 """
 
 from __future__ import annotations
@@ -126,12 +127,18 @@ async def learn(name: str, ctx: Context) -> str:
 
 
 @server.tool(structured_output=False)
+def flood(characters: int) -> str:
+    return "x" * characters
+
+
+@server.tool(structured_output=False)
 def die() -> None:
     os._exit(3)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        server.run("streamable-http", port=int(sys.argv[1]))
+        as_json = "json" in sys.argv[2:]
+        server.run("streamable-http", port=int(sys.argv[1]), json_response=as_json)
     else:
         server.run("stdio")

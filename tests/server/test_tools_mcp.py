@@ -248,8 +248,8 @@ async def test_closing_ends_a_deaf_server(tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([*HOUSE, str(port)], stderr=subprocess.DEVNULL)
+def serving(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([*HOUSE, str(port), *options], stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 30)
         yield process
@@ -258,10 +258,28 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-async def test_streamable_http_through_changes_and_a_restart(tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+async def test_an_endless_answer_fails_its_own_call_only() -> None:
+    port = free_port()
+    source = McpSource(mcp=f"http://127.0.0.1:{port}/mcp", timeout_seconds=20)
+    with serving(port, "json"):
+        async with opened(source) as box:
+            other = asyncio.create_task(call(box, "hang", seconds=3))
+            flooded = await call(box, "flood", characters=16 * 2**20)
+            assert flooded.status == "error"
+            assert "more than 16777216 bytes" in flooded.text
+            assert not other.done()
+            assert await other == ToolResult("ok", "done")
+            assert (await call(box, "count", shelf="a")).status == "ok"
+
+
+async def test_streamable_http_through_changes_and_a_restart(tmp_path: Path) -> None:
+    port = free_port()
     source = McpSource(mcp=f"http://127.0.0.1:{port}/mcp", timeout_seconds=2)
     note = tmp_path / "note"
     with serving(port) as process:
