@@ -126,7 +126,7 @@ class Supervisor:
     def _log_line(self, line: str) -> None:
         try:
             told = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: nested too deeply to be read
             told = None
         if not isinstance(told, dict) or "event" not in told:
             self._log.info("%s", line)

@@ -63,6 +63,18 @@ async def test_a_child_that_cannot_be_started_is_tried_again(
     await kid.stop()
 
 
+async def test_a_line_that_is_nested_too_deeply_is_only_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "hone.kid")
+    code = "import time; print('[' * 50_000); print('said next', flush=True); time.sleep(60)"
+    kid = Supervisor("kid", (sys.executable, "-c", code))
+    kid.start()
+    await until(lambda: "said next" in caplog.text)
+    assert kid.state.alive
+    await kid.stop()
+
+
 @pytest.mark.parametrize("stubborn", [False, True])
 async def test_stop_leaves_no_child(stubborn: bool) -> None:
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if stubborn else ""
