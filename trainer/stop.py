@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+
+_SLICE_SECONDS = 0.1
+"""How often a wait looks for a stop."""
 
 
 class Stopped(Exception):
@@ -15,8 +19,8 @@ class Stop:
 
     def __init__(self) -> None:
         self._is_set = False
-        self._event = threading.Event()
-        """Ends a wait, for a stop or for news."""
+        self._news = threading.Event()
+        """Ends a wait early; a stop does not touch it."""
 
     def listen(self) -> None:
         """Take over SIGTERM and SIGINT of this process."""
@@ -24,12 +28,12 @@ class Stop:
             signal.signal(number, lambda *_: self.set())
 
     def set(self) -> None:
+        # No more than this: a signal may come while this very thread holds the event's lock.
         self._is_set = True
-        self._event.set()
 
     def nudge(self) -> None:
         """End the wait under way, or else the next one: there may be news."""
-        self._event.set()
+        self._news.set()
 
     def check(self) -> None:
         """Raise Stopped if asked to end."""
@@ -37,8 +41,12 @@ class Stop:
             raise Stopped
 
     def wait(self, seconds: float) -> None:
-        """Sleep, less if nudged, but raise Stopped as soon as asked to end."""
+        """Sleep, less if nudged, but raise Stopped within a slice of being asked to end."""
+        until = time.monotonic() + seconds
+        while True:
+            self.check()
+            left = until - time.monotonic()
+            if self._news.wait(min(_SLICE_SECONDS, max(0.0, left))) or left <= _SLICE_SECONDS:
+                break
+        self._news.clear()
         self.check()
-        self._event.wait(seconds)
-        self._event.clear()
-        self.check()  # after the clearing, which may have wiped out a stop's setting
