@@ -208,12 +208,16 @@ def _record(database: Engine, batch: Sequence[_Write], give_up_at: float) -> Non
 
 
 def _is_on_disk(database: Engine, transaction: str, give_up_at: float) -> bool | None:
-    """Whether a transaction whose commit got no answer is on disk; None if nobody says in time."""
+    """Whether a transaction whose commit got no answer is on disk; None if nobody can say."""
     while time.monotonic() < give_up_at:
-        with contextlib.suppress(RecordUnavailable), database.connect() as connection:
-            is_on_disk = has_committed(connection, transaction)
-            if is_on_disk is not None:
-                return is_on_disk
+        try:
+            with contextlib.suppress(RecordUnavailable), database.connect() as connection:
+                is_on_disk = has_committed(connection, transaction)
+                if is_on_disk is not None:
+                    return is_on_disk
+        except DataError:
+            # A new primary that has not come as far: later the id would be another transaction's.
+            return None
         time.sleep(_PAUSE_SECONDS)
     return None
 

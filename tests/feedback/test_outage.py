@@ -111,6 +111,23 @@ async def test_a_commit_whose_answer_is_lost_is_looked_up(
     assert [t.index for t in kept.turns] == [0, 1, 2]
 
 
+async def test_a_commit_that_a_new_primary_never_heard_of_is_unknown(
+    store: Store, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a failover: the lost commit's id is ahead of all that this server has given out."""
+    monkeypatch.setattr(log_module, "transaction_id", lambda connection: str(2**40 + 7))
+
+    def break_off(connection: PoolProxiedConnection) -> None:
+        assert connection.driver_connection is not None
+        connection.driver_connection.close()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database.dialect, "do_commit", break_off)
+        with pytest.raises(OutcomeUnknown, match="may be recorded"):
+            await log.add_feedback([event("x")])
+
+
 async def test_a_commit_that_nobody_can_look_up_is_said_to_be_unknown(
     store: Store, log: Log, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
