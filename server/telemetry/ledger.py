@@ -56,7 +56,13 @@ class Ledger:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._task = None
-        await self._tell_news()
+        try:
+            await self._tell_news()
+        except Exception:
+            # A database that is away must not spoil an orderly end.
+            logger.exception(
+                "could not tell the last of training and releases; it is in the record"
+            )
 
     async def _follow(self) -> None:
         while True:
