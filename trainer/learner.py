@@ -53,6 +53,8 @@ class Figures:
     )
     kl_base: float | None = None
     """None: the algorithm needs no reference."""
+    dropped_off_policy: int = 0
+    """Episodes over `kl_stop` before any step. They count in none of the others."""
 
     def add(
         self, loss: Loss, scored: TokenLogprobs, tokens: TokenBatch, *, fresh: Tensor
@@ -93,6 +95,7 @@ class Figures:
             "grad_norm": self.grad_norm / max(1, self.steps),
             "engine_gap": self.engine_gap,
             "stopped_by_kl": float(self.stopped_by_kl),
+            "dropped_off_policy": float(self.dropped_off_policy),
             "steps": float(self.steps),
             "trained_tokens": float(self.tokens),
         }
@@ -129,22 +132,31 @@ def update(
     """
     began = time.perf_counter()
     work = _Work(model, algorithm, token_budget, on_progress)
-    fed = sum(len(row.token_ids) for sample in samples for row in sample.rows)
-    work.total = fed * spec.epochs
-    for minibatch in _minibatches(samples, spec, random.Random(seed)):  # noqa: S311 - not a secret
+    work.total = _fed(*samples) * spec.epochs
+    left = list(samples)
+    for minibatch in _minibatches(left, spec, random.Random(seed)):  # noqa: S311 - not a secret
         optimizer.zero_grad(set_to_none=True)
-        furthest = work.accumulate(minibatch, spec.minibatch_episodes)
-        if furthest > spec.kl_stop:
+        far = work.accumulate(minibatch, spec)
+        if far and work.figures.steps:
             work.figures.stopped_by_kl = True
-            if not work.figures.steps:
-                raise UpdateDiverged(
-                    f"an episode is {furthest:.0f} nats from the version that sampled it before "
-                    f"any step, expected at most kl_stop = {spec.kl_stop:g}; nothing was changed; "
-                    "raise kl_stop, or lower max_staleness"
-                )
             break
+        if far:
+            # Earlier updates moved these, not this one: it learns from the others, in all epochs.
+            left[:] = _without(far, left)
+            near = _without(far, minibatch)
+            optimizer.zero_grad(set_to_none=True)
+            work.begin_again(near, far, spec.epochs)
+            if not near:
+                continue
+            work.accumulate(near, spec)
         _step(optimizer, spec.max_grad_norm, work.figures)
     optimizer.zero_grad(set_to_none=True)
+    if samples and not left:
+        raise UpdateDiverged(
+            f"each of {len(samples)} episodes is too many nats from the version that sampled it "
+            f"before any step, expected at most kl_stop = {spec.kl_stop:g}; nothing was changed; "
+            "raise kl_stop, or lower max_staleness"
+        )
     seconds = time.perf_counter() - began
     speed = {"seconds": seconds, "tokens_per_second": work.done / seconds}
     return work.figures.summary() | speed
@@ -162,8 +174,13 @@ class _Work:
     done: int = 0
     total: int = 0
 
-    def accumulate(self, minibatch: Sequence[Sample], size: int) -> float:
-        """Add the minibatch's gradient; returns the largest KL of an episode, nats."""
+    def begin_again(self, near: Sequence[Sample], far: Sequence[Sample], epochs: int) -> None:
+        """Forget what no step has followed: `near` is gone through once more, `far` never again."""
+        self.figures = Figures(dropped_off_policy=self.figures.dropped_off_policy + len(far))
+        self.total += _fed(*near) - (epochs - 1) * _fed(*far)
+
+    def accumulate(self, minibatch: Sequence[Sample], spec: TrainingSpec) -> list[Sample]:
+        """Add the minibatch's gradient; returns its episodes whose KL is over `kl_stop`."""
         kl = torch.zeros(len(minibatch))
         stale = torch.tensor([sample.stale for sample in minibatch])
         mean_tokens = sum(sample.n_trained for sample in minibatch) / len(minibatch)
@@ -174,7 +191,9 @@ class _Work:
             # Before the pass that is differentiated: switching the adapter touches its weights.
             reference = self.model.base_logprobs(batch) if needs.reference else None
             scored = self.model.logprobs(batch)
-            tokens = _token_batch(batch, size, mean_tokens, reference, scored.logprobs.device)
+            tokens = _token_batch(
+                batch, spec.minibatch_episodes, mean_tokens, reference, scored.logprobs.device
+            )
             loss = self.algorithm.loss(scored.logprobs, tokens)
             if not torch.isfinite(loss.value):
                 raise UpdateDiverged(
@@ -186,12 +205,11 @@ class _Work:
             strayed = self.figures.add(loss, scored, tokens, fresh=~stale[batch.episode])
             kl.index_add_(0, batch.episode, strayed.cpu())
             self._progress(batch)
-        largest = float(kl.max())
-        self.figures.kl_max = max(self.figures.kl_max, largest)
-        return largest
+        self.figures.kl_max = max(self.figures.kl_max, float(kl.max()))
+        return [minibatch[index] for index in (kl > spec.kl_stop).nonzero().flatten().tolist()]
 
     def _progress(self, batch: Microbatch) -> None:
-        self.done += sum(len(row.token_ids) for row in batch.rows)
+        self.done += _fed(batch)
         self.on_progress(self.done, self.total, self.figures.summary())
 
 
@@ -215,9 +233,21 @@ def _token_batch(
     )
 
 
+def _fed(*parts: Sample | Microbatch) -> int:
+    """Tokens that go through the model."""
+    return sum(len(row.token_ids) for part in parts for row in part.rows)
+
+
+def _without(far: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+    """By identity: two episodes may hold the same."""
+    dropped = set(map(id, far))
+    return [sample for sample in samples if id(sample) not in dropped]
+
+
 def _minibatches(
     samples: Sequence[Sample], spec: TrainingSpec, rng: random.Random
 ) -> Iterator[list[Sample]]:
+    """`samples` is looked at anew in each epoch."""
     for _ in range(spec.epochs):
         order = list(samples)
         rng.shuffle(order)

@@ -153,6 +153,45 @@ def test_an_update_without_a_possible_step_is_no_version(model: LoraModel) -> No
         run(model, [sample(model, GOOD, 1.0, stale=True, shift=-3.0)], spec)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_is_too_far_before_any_step_is_left_out_and_nothing_else(
+    base_folder: Path, epochs: int
+) -> None:
+    """The update is the one that it would be had the episode never been there."""
+    spec = SPEC.model_copy(update={"epochs": epochs, "minibatch_episodes": 3})
+    results = []
+    for n_far in (0, 1):
+        model = LoraModel(base_folder)
+        model.attach(rank=4, alpha=8, seed=0, start=None)
+        far = Sample((Row([3, 12], [1], [-30.0]),), 0.5, 1.0, stale=True)
+        near = [sample(model, GOOD, 1.0), sample(model, GOOD, 1.0)]
+        figures = run(model, near + [far] * n_far, spec)
+        assert (figures["dropped_off_policy"], figures["steps"]) == (n_far, epochs)
+        assert (figures["stopped_by_kl"], figures["trained_tokens"]) == (0, 6 * epochs)
+        assert figures["kl_max"] < spec.kl_stop
+        same = {k: v for k, v in figures.items() if k in ("loss", "grad_norm", "kl", "ratio_max")}
+        results.append((same, [weight.detach().clone() for _, weight in model.parameters]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_a_minibatch_of_which_nothing_is_left_is_passed_over(model: LoraModel) -> None:
+    spec = SPEC.model_copy(update={"minibatch_episodes": 1, "epochs": 2})
+    far = [Sample((Row([3, token], [1], [-30.0]),), 0.5, 1.0, stale=True) for token in range(5, 11)]
+    before = answer_logprob(model, GOOD)
+    seen: list[tuple[int, int]] = []
+    figures = update(
+        model, new_optimizer(model, 3e-3, None), [*far, sample(model, GOOD, 1.0)], spec,
+        Loop(0.2, 0.2, 2.0), seed=0, token_budget=64,
+        on_progress=lambda done, total, _: seen.append((done, total)),
+    )  # fmt: skip
+    # The one that is near comes in the middle: what is far behind it ends the update, as ever.
+    assert figures["steps"] >= 1
+    assert figures["dropped_off_policy"] >= 1
+    assert answer_logprob(model, GOOD) > before
+    assert all(done <= total for done, total in seen)
+
+
 def test_an_episodes_ratio_is_of_all_its_rows(model: LoraModel) -> None:
     # Each row is e^0.3 = 1.35 times likelier than when sampled: inside the clip of 1.5. Both: 1.82.
     rows = sample(model, GOOD, 1.0, shift=-0.1).rows + sample(model, BAD, 1.0, shift=-0.1).rows
