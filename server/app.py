@@ -50,7 +50,7 @@ from server.routes import (
     webhooks,
 )
 from server.routing import Routing
-from server.services import Services
+from server.services import Services, services_of
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.telemetry.http import CountedRequests
@@ -279,7 +279,7 @@ def _trainer_environment(settings: Settings) -> Mapping[str, str]:
 
 
 def _plain_services(app: FastAPI) -> PlainServices:
-    services: Services = app.state.services
+    services = services_of(app)
 
     async def is_recorded(episode_id: str) -> bool:
         return await asyncio.to_thread(services.store.episode, episode_id) is not None

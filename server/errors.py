@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from feedback.errors import EpisodeExists, EpisodeMissing, RecordUnavailable
+from feedback.log import LogClosed
 from policy.chat import ChatFormatError
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineError, PromptTooLong
 
@@ -111,9 +112,13 @@ _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     EpisodeExists: (Conflict, "episode_exists", "episode_id"),
     EpisodeMissing: (NotFound, "episode_not_found", "episode_id"),
     RecordUnavailable: (Unavailable, "record_unavailable", None),
+    LogClosed: (Unavailable, "stopping", None),
     ChatFormatError: (BadRequest, "invalid_messages", "messages"),
 }
 """What the rooms below raise, and what a client is told; the first match counts."""
+
+FORESEEN: tuple[type[Exception], ...] = (ApiError, *_KNOWN)
+"""Errors that say to the client all there is to say; any other belongs in the log."""
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -137,8 +142,7 @@ def install_error_handlers(app: FastAPI) -> None:
         logger.error("%s failed (request %s)", request.url.path, request_id, exc_info=error)
         return error_response(as_api_error(error))
 
-    app.add_exception_handler(ApiError, known)
-    for kind in _KNOWN:
+    for kind in FORESEEN:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

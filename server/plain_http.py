@@ -17,13 +17,11 @@ from typing import Any, get_args
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from feedback.errors import RecordUnavailable
 from feedback.types import Purpose
 from policy.chat import ParsedTurn
-from policy.engine import EngineError
 from policy.generation import Generation, generation_owner
 from server.engine_errors import in_our_shape
-from server.errors import ApiError, BadRequest, Conflict, as_api_error, error_response
+from server.errors import FORESEEN, BadRequest, Conflict, as_api_error, error_response
 from server.middleware import replayed
 from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, task_key_of
 from server.release_controller import ReleaseController
@@ -83,7 +81,7 @@ class PlainEpisodes:
         raw = message.get("body", b"")  # whole: BoundedBody has read it
         try:
             await self._serve(_parsed(raw), scope, receive, send)
-        except (ApiError, EngineError, RecordUnavailable) as error:
+        except FORESEEN as error:
             await error_response(as_api_error(error))(scope, receive, send)
 
     async def _serve(

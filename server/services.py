@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, FastAPI, Request
 
 from feedback.spec import LearningSpec
 from feedback.store import Store
@@ -67,12 +67,18 @@ class Services:
         return LearningSpec(policy=policy)
 
 
-def get_services(request: Request) -> Services:
+def services_of(app: FastAPI) -> Services:
     """The services of this app. Raises Unavailable until they are up."""
-    services = getattr(request.app.state, "services", None)
+    services = getattr(app.state, "services", None)
     if not isinstance(services, Services):
         raise Unavailable("the server is starting or stopping; try again", code="starting")
     return services
+
+
+def get_services(request: Request) -> Services:
+    """As `services_of`, for a route."""
+    app: FastAPI = request.app
+    return services_of(app)
 
 
 ServicesOf = Annotated[Services, Depends(get_services)]

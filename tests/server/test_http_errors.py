@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from server.app import create_app
 from tests.server.house import House, running, scripted_parts, settings_in, write_agent
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -131,6 +133,41 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert _error(answer)["type"] == "server_error"
+
+
+def test_an_unready_database_is_named_to_the_log_only(
+    shared_house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("secret host")
+
+    monkeypatch.setattr(shared_house.services.releases, "policies", broken)
+    answer = shared_house.http.get("/readyz")
+    assert (answer.status_code, _error(answer)["code"]) == (503, "record_unavailable")
+    assert "secret" not in answer.text
+    assert "secret host" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/agents/desk/runs", "/v1/feedback"])
+async def test_before_the_start_is_over_every_route_says_so(tmp_path: Path, path: str) -> None:
+    app = create_app(settings_in(tmp_path), scripted_parts(tmp_path))
+    body = {"model": "desk", "messages": ASK, "input": "hi", "episode_id": "x", "value": 1.0}
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://hone"
+    ) as client:
+        answer = await client.post(path, json=body)
+    assert (answer.status_code, _error(answer)["code"]) == (503, "starting")
+
+
+def test_a_log_that_is_closed_is_unavailable(tmp_path: Path) -> None:
+    write_agent(tmp_path)
+    with running(settings_in(tmp_path), scripted_parts(tmp_path)) as house:
+        house.services.log._log.close()  # type: ignore[attr-defined]  # as the last of a stop does
+        told = {"episode_id": "x", "value": 1.0}
+        feedback = house.http.post("/v1/feedback", json=told)
+        run = house.chat("agent:desk", ASK)
+    for answer in (feedback, run):
+        assert (answer.status_code, _error(answer)["code"]) == (503, "stopping")
 
 
 def _error(answer: Any) -> dict[str, Any]:
