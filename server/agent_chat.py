@@ -15,9 +15,9 @@ from typing import Any, Literal
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server.agent_runs import RunIn, RunStream, StartedRun, start_run
+from server.agent_runs import RunIn, RunStream, StartedRun, failure, start_run
 from server.agents.events import RunEnded
-from server.errors import BadRequest, as_api_error, body_of
+from server.errors import BadRequest, body_of
 from server.routing import AGENT_PREFIX
 from server.services import Services
 from server.wire import EPISODE_HEADER, usage_json
@@ -104,7 +104,7 @@ async def _chunks(started: StartedRun, episode_id: str, *, wants_usage: bool) ->
                 yield _data({**frame, "choices": [], "usage": usage_json(event.usage)})
     except Exception as error:
         # The status line is long gone; the stream says it instead.
-        yield _data(body_of(as_api_error(error)))
+        yield _data(body_of(failure(error, episode_id)))
     yield "data: [DONE]\n\n"
 
 

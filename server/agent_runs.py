@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack
@@ -17,16 +18,16 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import Receive, Scope, Send
 
-from feedback.errors import RecordUnavailable
 from feedback.types import Purpose, Turn
-from policy.engine import EngineError
 from policy.types import AdapterRef
 from server.agents.events import RunEnded, RunEvent, RunStarted, TurnRecorded
 from server.agents.run import Agent, RunRequest, run_agent
-from server.errors import ApiError, BadRequest, NotFound, as_api_error
+from server.errors import FORESEEN, ApiError, BadRequest, NotFound, as_api_error
 from server.services import TENANT, Services
 from server.telemetry.logs import log_also
 from server.wire import EPISODE_HEADER, MAX_METADATA, EpisodeId
+
+logger = logging.getLogger("hone.server")
 
 _NO_RETRY = {"x-should-retry": "false"}
 """Its tools may have acted: the openai client must not run it a second time by itself."""
@@ -77,7 +78,7 @@ class StartedRun:
         return first
 
     async def to_end(self) -> tuple[RunEnded, list[Turn]]:
-        """Follow the run to its end. Raises ApiError if the engine or the record fails it."""
+        """Follow the run to its end. Raises ApiError for whatever fails it once it has begun."""
         turns: list[Turn] = []
         episode_id: str | None = None
         try:
@@ -88,8 +89,10 @@ class StartedRun:
                     turns.append(event.turn)
                 elif isinstance(event, RunEnded):
                     return event, turns
-        except (EngineError, RecordUnavailable) as error:
-            raise _failed(error, episode_id) from error
+        except Exception as error:
+            if episode_id is None:
+                raise
+            raise failure(error, episode_id) from error
         finally:
             await self.close()
         raise AssertionError("a run ended without saying so")
@@ -120,6 +123,15 @@ class RunStream(StreamingResponse):
             await self._run.close()
 
 
+def failure(error: Exception, episode_id: str) -> ApiError:
+    """What a client is told of a run that failed after it began; the log has what it is not."""
+    if not isinstance(error, FORESEEN):
+        logger.error("the run of episode %s failed", episode_id, exc_info=error)
+    told = as_api_error(error)
+    told.headers = {**_NO_RETRY, EPISODE_HEADER: episode_id}
+    return told
+
+
 async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
     """Take a lease on the adapter and begin. Raises ApiError for an agent or model unknown."""
     agent = services.agents.get(name)
@@ -143,14 +155,6 @@ async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
         recorder=services.log,
     )
     return StartedRun(adapter, events, lease)
-
-
-def _failed(error: EngineError | RecordUnavailable, episode_id: str | None) -> ApiError:
-    told = as_api_error(error)
-    told.headers = dict(_NO_RETRY)
-    if episode_id is not None:
-        told.headers[EPISODE_HEADER] = episode_id
-    return told
 
 
 def _adapter(

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from feedback.finite import finite
 from feedback.types import Turn
 from policy.types import AdapterRef
-from server.agent_runs import RunIn, RunStream, StartedRun, start_run
+from server.agent_runs import RunIn, RunStream, StartedRun, failure, start_run
 from server.agents.events import (
     RunEnded,
     RunEvent,
@@ -24,7 +24,7 @@ from server.agents.events import (
     TurnRecorded,
     TurnSampled,
 )
-from server.errors import as_api_error, body_of
+from server.errors import body_of
 from server.services import ServicesOf
 from server.wire import EPISODE_HEADER, turn_json, usage_json
 
@@ -75,7 +75,7 @@ async def _sse(name: str, first: RunStarted, run: StartedRun) -> AsyncIterator[s
                 yield _sse_event(_EVENT_NAMES[type(event)], _event_json(event))
     except Exception as error:
         # The status line is long gone; the stream says it instead.
-        yield _sse_event("error", body_of(as_api_error(error)))
+        yield _sse_event("error", body_of(failure(error, first.episode_id)))
     yield "data: [DONE]\n\n"
 
 
