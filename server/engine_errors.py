@@ -1,7 +1,8 @@
 """The engine's own error answers, in the shape of ours: plain ASGI, on the way out.
 
 vLLM's routes say `"type": "BadRequestError", "code": 400`; OpenAI's clients look for a type such as
-`invalid_request_error` and a code that is text or null. Answers that succeed pass untouched.
+`invalid_request_error` and a code that is text or null. Answers that succeed pass untouched, but
+for the one piece of a stream that says that it failed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from starlette.types import Message, Send
 
 from server.errors import error_body
 
+_STREAMED = b'data: {"error"'
+"""How vLLM begins the event of an error, which it sends as a piece of its own."""
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -26,12 +29,14 @@ def in_our_shape(send: Send) -> Send:
         if message["type"] == "http.response.start" and message["status"] >= 400:
             start = message
         elif start is None:
+            if message.get("body", b"").startswith(_STREAMED):
+                message = {**message, "body": _translated_event(message["body"])}
             await send(message)
         else:
             body.extend(message.get("body", b""))
             if message.get("more_body", False):
                 return
-            said = _translated(bytes(body), start["status"])
+            said = _translated(bytes(body))
             MutableHeaders(scope=start)["content-length"] = str(len(said))
             await send(start)
             await send({"type": "http.response.body", "body": said})
@@ -39,13 +44,18 @@ def in_our_shape(send: Send) -> Send:
     return shaped
 
 
-def _translated(body: bytes, status: int) -> bytes:
+def _translated_event(event: bytes) -> bytes:
+    said, end, more = event.removeprefix(b"data: ").partition(b"\n\n")
+    return b"data: " + _translated(said) + end + more
+
+
+def _translated(body: bytes) -> bytes:
     try:
         error = json.loads(body)["error"]
-        message, param, theirs = str(error["message"]), error["param"], error["code"]
+        message, param, status = str(error["message"]), error["param"], error["code"]
     except (ValueError, TypeError, KeyError):
         return body
-    if not isinstance(theirs, int):  # ours, raised within the engine's route
+    if not isinstance(status, int):  # ours, raised within the engine's route
         return body
     kind = "invalid_request_error" if status < 500 else "server_error"
     shaped = error_body(
