@@ -25,10 +25,16 @@ def unpack_ids(packed: bytes) -> tuple[int, ...]:
 
 def pack_logprobs(logprobs: Sequence[float]) -> bytes:
     """Four bytes a value. Raises ValueError for NaN and infinities, which no training survives."""
-    if not all(map(math.isfinite, logprobs)):
-        bad = next(value for value in logprobs if not math.isfinite(value))
-        raise ValueError(f"a log-probability is {bad!r}; expected finite numbers, or None for all")
+    if (bad := why_unpackable(logprobs)) is not None:
+        raise ValueError(f"{bad}; expected finite numbers, or None for all")
     return struct.pack(f"<{len(logprobs)}f", *logprobs)
+
+
+def why_unpackable(logprobs: Sequence[float]) -> str | None:
+    """What `pack_logprobs` would refuse, for a turn's fault; None if nothing."""
+    if all(map(math.isfinite, logprobs)):
+        return None
+    return f"a log-probability is {next(v for v in logprobs if not math.isfinite(v))!r}"
 
 
 def unpack_logprobs(packed: bytes) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from feedback.errors import RecordError, RecordUnavailable
+from feedback.packing import why_unpackable
 from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
@@ -234,17 +235,17 @@ def _turn(index: int, generation: Generation, temperature: float) -> Turn:
     """`temperature` is the episode's: the trainer has one for all its turns."""
     unlike = generation.sampling.temperature != temperature
     bent_by = "another temperature" if unlike else generation.sampling.bent_by
-    fault = None if bent_by is None else f"not trained on: sampled with {bent_by}"
-    if generation.stop_reason == "abort":
-        fault = "cut off: the client hung up"
+    bad = why_unpackable(generation.logprobs) if bent_by is None else f"sampled with {bent_by}"
+    cut = "cut off: the client hung up" if generation.stop_reason == "abort" else None
+    faults = (cut, None if bad is None else f"not trained on: {bad}")
     return Turn(
         index=index,
         prompt_ids=generation.prompt_ids,
         token_ids=generation.token_ids,
-        logprobs=generation.logprobs if bent_by is None else None,
+        logprobs=generation.logprobs if bad is None else None,
         text=generation.text,
         stop_reason=generation.stop_reason,
-        fault=fault,
+        fault="; ".join(filter(None, faults)) or None,
         started_at=generation.started_at,
         seconds=generation.seconds,
     )

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from feedback.packing import why_unpackable
 from feedback.types import ToolCall, Turn
 from policy.chat import ParsedCall, ParsedTurn
 from policy.engine import EngineDead, PromptTooLong
@@ -119,17 +120,19 @@ class TurnDraft:
         )
 
     def record(self) -> Turn:
-        """The turn as it stands."""
+        """The turn as it stands; without log-probabilities if they are no use to training."""
         whole = len(self._logprobs) == len(self.token_ids)
+        bad = why_unpackable(self._logprobs)
+        faults = (self.fault, None if bad is None else f"not trained on: {bad}")
         return Turn(
             index=self.index,
             prompt_ids=self.prompt_ids,
             token_ids=self.token_ids,
-            logprobs=self._logprobs if whole else None,
+            logprobs=self._logprobs if whole and bad is None else None,
             text=self.text,
             stop_reason=self.stop_reason or "abort",
             tool_calls=self.calls(),
-            fault=self.fault,
+            fault="; ".join(filter(None, faults)) or None,
             started_at=self._started_at,
             seconds=time.perf_counter() - self._clock,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import httpx
 import pytest
 
 from policy.scripted import scripted_logprobs
-from policy.types import AdapterRef
+from policy.types import AdapterRef, Delta, Sampling
 from tests.server.house import House, byte_chat, running, scripted_parts, settings_in, write_agent
 
 
@@ -158,4 +160,29 @@ def test_another_temperature_within_an_episode_is_logged_and_never_trained_on(ho
     assert (cool["logprobs"], cool["fault"]) == (
         None,
         "not trained on: sampled with another temperature",
+    )
+
+
+@pytest.mark.parametrize("model", ["desk", "agent:desk"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_log_probabilities_that_are_no_numbers_are_logged_without_and_never_trained_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, model: str, bad: float
+) -> None:
+    whole = house.services.engine.stream
+
+    async def stream(
+        prompt_ids: Sequence[int], sampling: Sampling, *, adapter: AdapterRef
+    ) -> AsyncIterator[Delta]:
+        async for delta in whole(prompt_ids, sampling, adapter=adapter):
+            yield replace(delta, logprobs=[bad] * len(delta.logprobs))
+
+    monkeypatch.setattr(house.services.engine, "stream", stream)
+    answer = house.chat(model, [user("one")], headers={"x-hone-end": "true"})
+    assert said(answer)["content"] == "desk@v0 heard one"
+    [turn] = house.episode(episode_of(answer))["turns"]
+    assert turn["text"] == "desk@v0 heard one"
+    assert len(turn["token_ids"]) == len("desk@v0 heard one") + 1
+    assert (turn["logprobs"], turn["fault"]) == (
+        None,
+        f"not trained on: a log-probability is {bad!r}",
     )
