@@ -43,6 +43,7 @@ class RunningCall:
     """A request in flight, the owner of what the engine generates for it."""
 
     episode: OpenEpisode
+    call: ChatCall
     generations: list[Generation] = field(default_factory=list)
 
 
@@ -97,7 +98,7 @@ class PlainEpisodes:
         await _check_not_over(call.episode_id, services)
         episode = services.traffic.join(call)
         log_also(episode_id=episode.id)
-        running = RunningCall(episode)
+        running = RunningCall(episode, call)
         try:
             with await services.controller.hold(episode.adapter):
                 body["model"] = services.routing.engine_name(episode.adapter)
@@ -155,7 +156,7 @@ async def _record(running: RunningCall, traffic: PlainTraffic) -> None:
     while running.generations:
         generation = running.generations.pop(0)
         try:
-            await traffic.record(running.episode, generation)
+            await traffic.record(running.episode, running.call, generation)
         except Exception:
             # A full disk, say: the answer is worth more to the client than our record of it.
             logger.exception("a turn of episode %s is not recorded", running.episode.id)

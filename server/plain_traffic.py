@@ -15,9 +15,10 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
-from feedback.errors import RecordError, RecordUnavailable
+from feedback.errors import EpisodeEnded, EpisodeExists, OutcomeUnknown, RecordError
 from feedback.packing import why_unpackable
 from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
@@ -28,6 +29,9 @@ logger = logging.getLogger("hone.episodes")
 
 MAX_OPEN = 10_000
 """Open episodes that are remembered; past it the one that is idle longest ends."""
+
+_RETRY_SECONDS = 5.0
+"""After which an end that the record could not take is told again."""
 
 
 class Recorder(Protocol):
@@ -44,7 +48,7 @@ class ReplyReader(Protocol):
     def __call__(self, text: str, message: Mapping[str, Any]) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatCall:
     """One plain request, as far as it tells which episode it belongs to."""
 
@@ -59,6 +63,11 @@ class ChatCall:
     purpose: Purpose = "live"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of the messages, one each."""
+        return tuple(_digest(message) for message in self.messages)
+
 
 @dataclass(slots=True)
 class OpenEpisode:
@@ -71,15 +80,21 @@ class OpenEpisode:
     purpose: Purpose
     metadata: Mapping[str, str]
     digests: tuple[str, ...] = ()
-    """Of the messages of its last call, one each."""
+    """Of the messages of the last call that was answered, one each."""
     reply: str = ""
     """What was sampled last."""
+    begun: bool = False
+    """Its begin is on record."""
+    in_doubt: bool = False
+    """Its begin may be on record: the commit got no answer."""
     n_turns: int = 0
     temperature: float = 1.0
     """Of its first turn."""
     active: int = 0
     """Calls that are running."""
     touched_at: float = 0.0
+    ended_as: str | None = None
+    """Why it takes no more turns; it is still here until the record knows."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -102,74 +117,89 @@ class PlainTraffic:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        for episode in list(self._open.values()):
-            await self.end(episode, "interrupted")
+        await self._end_all(list(self._open.values()), "interrupted")
 
     def is_open(self, episode_id: str) -> bool:
-        return episode_id in self._open
+        episode = self._open.get(episode_id)
+        return episode is not None and episode.ended_as is None
 
     def join(self, call: ChatCall) -> OpenEpisode:
         """The episode of this call, marked as active; nothing is recorded until it generates.
 
         Raises Conflict if it names an open episode of another caller or adapter.
         """
-        digests = tuple(_digest(message) for message in call.messages)
         if call.episode_id is not None:
             episode = self._open.get(call.episode_id)
             if episode is not None:
                 _check_same(episode, call)
         else:
-            episode = self._extended_by(call, digests)
+            episode = self._extended_by(call)
         if episode is None:
             episode = self._opened(call)
         episode.active += 1
-        episode.digests = digests
         self._open[episode.id] = self._open.pop(episode.id, episode)  # youngest last
         return episode
 
     def leave(self, episode: OpenEpisode) -> None:
-        """The call is over; an episode that never generated is forgotten."""
+        """The call is over; an episode of which nothing can be on record is forgotten."""
         episode.active -= 1
         episode.touched_at = time.monotonic()
-        if not episode.active and not episode.n_turns:
+        if not (episode.active or episode.begun or episode.in_doubt):
             self._open.pop(episode.id, None)
 
-    async def record(self, episode: OpenEpisode, generation: Generation) -> None:
-        """Append one generation as the next turn, durably. Raises RecordError."""
+    async def record(self, episode: OpenEpisode, call: ChatCall, generation: Generation) -> None:
+        """Append one generation as the next turn, durably. Raises what the log raises."""
         async with episode.lock:
-            if not episode.n_turns:
+            if not episode.begun:
                 await self._begin(episode, generation)
             turn = _turn(episode.n_turns, generation, episode.temperature)
             await self._log.append_turn(episode.id, turn)
             episode.n_turns += 1
-            episode.reply = generation.text
+            if generation.token_ids:
+                # Not before: a client that got no answer sends the same messages again.
+                episode.digests, episode.reply = call.digests, generation.text
 
     async def end(self, episode: OpenEpisode, stop_reason: str) -> None:
-        """No more turns: the episode's reward may mature."""
-        self._open.pop(episode.id, None)
-        if episode.n_turns:
-            try:
-                await self._log.end(episode.id, stop_reason, time.time())
-            except RecordError as error:
-                logger.error("episode %s could not be ended: %s", episode.id, error)
-            except RecordUnavailable as error:
-                logger.warning("episode %s is ended later: %s", episode.id, error)
-                self._open[episode.id] = episode
+        """No more turns: the episode's reward may mature. Raises nothing; what the record cannot
+        take now, it is told again later."""
+        episode.ended_as = episode.ended_as or stop_reason
+        async with episode.lock:
+            is_here = self._open.get(episode.id) is episode
+            if is_here and await self._is_told(episode, episode.ended_as):
+                self._open.pop(episode.id)
+
+    async def _end_all(self, episodes: Sequence[OpenEpisode], stop_reason: str) -> None:
+        """At once, so that they share commits."""
+        await asyncio.gather(*(self.end(episode, stop_reason) for episode in episodes))
+
+    async def _is_told(self, episode: OpenEpisode, stop_reason: str) -> bool:
+        """Tell the record of an end; False if it has to be told again."""
+        if not (episode.begun or episode.in_doubt):
+            return True
+        try:
+            await self._log.end(episode.id, stop_reason, time.time())
+        except EpisodeEnded:
+            pass  # by an earlier try, whose answer was lost
+        except RecordError as error:
+            logger.error("episode %s could not be ended: %s", episode.id, error)
+        except Exception as error:
+            logger.warning("episode %s is ended later: %s", episode.id, error)
+            episode.touched_at = time.monotonic()
+            return False
+        return True
 
     async def _begin(self, episode: OpenEpisode, generation: Generation) -> None:
-        episode.temperature = generation.sampling.temperature
-        await self._log.begin(
-            Episode(
-                id=episode.id,
-                policy=episode.adapter.policy,
-                version=episode.adapter.version,
-                task_key=episode.task_key,
-                started_at=generation.started_at,
-                purpose=episode.purpose,
-                temperature=episode.temperature,
-                metadata=episode.metadata,
-            )
-        )
+        if not episode.in_doubt:
+            episode.temperature = generation.sampling.temperature
+        try:
+            await self._log.begin(_begun(episode, generation.started_at))
+        except EpisodeExists:
+            if not episode.in_doubt:
+                raise  # somebody else's of that name
+        except OutcomeUnknown:
+            episode.in_doubt = True
+            raise
+        episode.begun = True
 
     def _opened(self, call: ChatCall) -> OpenEpisode:
         return OpenEpisode(
@@ -182,15 +212,16 @@ class PlainTraffic:
             touched_at=time.monotonic(),
         )
 
-    def _extended_by(self, call: ChatCall, digests: tuple[str, ...]) -> OpenEpisode | None:
+    def _extended_by(self, call: ChatCall) -> OpenEpisode | None:
         """The youngest open episode whose last call and reply begin this conversation."""
         for episode in reversed(self._open.values()):
             known = len(episode.digests)
             if (
                 episode.caller == call.caller
                 and not episode.active
-                and 0 < known < len(digests)
-                and digests[:known] == episode.digests
+                and episode.ended_as is None
+                and 0 < known < len(call.digests)
+                and call.digests[:known] == episode.digests
                 and self._is_reply(episode.reply, call.messages[known])
             ):
                 return episode
@@ -199,11 +230,22 @@ class PlainTraffic:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self._idle_seconds / 4))
-            oldest = time.monotonic() - self._idle_seconds
-            excess = len(self._open) - MAX_OPEN
-            for position, episode in enumerate(list(self._open.values())):
-                if not episode.active and (episode.touched_at < oldest or position < excess):
-                    await self.end(episode, "idle")
+            await self._end_all(self._over(), "idle")
+
+    def _over(self) -> list[OpenEpisode]:
+        """Those that are idle for too long, or too many, or whose end is to be told again."""
+        now = time.monotonic()
+        excess = len(self._open) - MAX_OPEN
+        return [
+            episode
+            for position, episode in enumerate(self._open.values())
+            if not episode.active
+            and (position < excess or episode.touched_at < now - self._patience(episode))
+        ]
+
+    def _patience(self, episode: OpenEpisode) -> float:
+        is_retry = episode.ended_as is not None
+        return min(_RETRY_SECONDS, self._idle_seconds) if is_retry else self._idle_seconds
 
 
 def task_key_of(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -229,6 +271,19 @@ def _check_same(episode: OpenEpisode, call: ChatCall) -> None:
             code="episode_conflict",
             param="model",
         )
+
+
+def _begun(episode: OpenEpisode, started_at: float) -> Episode:
+    return Episode(
+        id=episode.id,
+        policy=episode.adapter.policy,
+        version=episode.adapter.version,
+        task_key=episode.task_key,
+        started_at=started_at,
+        purpose=episode.purpose,
+        temperature=episode.temperature,
+        metadata=episode.metadata,
+    )
 
 
 def _turn(index: int, generation: Generation, temperature: float) -> Turn:

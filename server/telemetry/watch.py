@@ -99,7 +99,7 @@ class WatchedLog:
             self._watcher.recorded(episode, turn)
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
-        # Told even if the record fails: nobody ends an episode twice.
+        # Told even if the record fails, and once: plain traffic tries again until it is on disk.
         episode = self._running.pop(episode_id, None)
         try:
             await self._log.end(episode_id, stop_reason, ended_at)
