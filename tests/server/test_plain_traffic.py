@@ -170,7 +170,7 @@ async def test_an_episode_of_somebody_else_is_left_alone(desk: Desk) -> None:
 
 @pytest.mark.parametrize("fault", [FULL, UNKNOWN, DOWN], ids=lambda fault: type(fault).__name__)
 async def test_an_end_that_fails_is_told_again_with_its_reason(
-    hasty_desk: Desk, fault: Exception
+    hasty_desk: Desk, fault: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     desk = hasty_desk
     talk = [user("one"), said("yes"), user("two")]
@@ -180,6 +180,8 @@ async def test_an_end_that_fails_is_told_again_with_its_reason(
     assert not desk.traffic.is_open(episode.id)
     assert (await desk.say(call(*talk))).id != episode.id, "it is over, on record or not"
     assert await desk.until_ended(episode.id) == "finished"
+    await desk.traffic.stop()
+    assert "could not be ended" not in caplog.text
 
 
 async def test_the_sweep_outlives_a_record_that_fails(hasty_desk: Desk) -> None:
