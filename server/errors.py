@@ -140,7 +140,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         request_id = request.scope.get("state", {}).get("request_id", "-")
         logger.error("%s failed (request %s)", request.url.path, request_id, exc_info=error)
-        return error_response(as_api_error(error))
+        answer = error_response(as_api_error(error))
+        # uvicorn closes the connection behind it; who keeps connections must know before the next.
+        answer.headers["connection"] = "close"
+        return answer
 
     for kind in FORESEEN:
         app.add_exception_handler(kind, known)

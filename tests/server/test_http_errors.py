@@ -133,6 +133,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert _error(answer)["type"] == "server_error"
+    assert answer.headers["connection"] == "close"
 
 
 def test_an_unready_database_is_named_to_the_log_only(
