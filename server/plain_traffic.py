@@ -24,6 +24,7 @@ from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
 from server.errors import Conflict
+from server.uncancelled import to_the_end
 
 logger = logging.getLogger("hone.episodes")
 
@@ -148,7 +149,13 @@ class PlainTraffic:
             self._open.pop(episode.id, None)
 
     async def record(self, episode: OpenEpisode, call: ChatCall, generation: Generation) -> None:
-        """Append one generation as the next turn, durably. Raises what the log raises."""
+        """Append one generation as the next turn, durably. Raises what the log raises.
+
+        A client that hangs up meanwhile does not leave a turn on disk that was not counted.
+        """
+        await to_the_end(self._append(episode, call, generation))
+
+    async def _append(self, episode: OpenEpisode, call: ChatCall, generation: Generation) -> None:
         async with episode.lock:
             if not episode.begun:
                 await self._begin(episode, generation)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from feedback.types import Episode, Purpose, Turn
 from policy.chat import ParsedTurn
@@ -31,8 +31,7 @@ from server.agents.events import (
 from server.agents.spec import AgentSpec
 from server.agents.turn import Tools, TurnDraft
 from server.tools.base import CallContext
-
-T = TypeVar("T")
+from server.uncancelled import to_the_end
 
 
 class Recorder(Protocol):
@@ -106,7 +105,7 @@ async def run_agent(
     """
     run = _Run(agent, request, engine=engine, chat=chat, adapter=adapter, recorder=recorder)
     try:
-        await _to_the_end(run.begin())
+        await to_the_end(run.begin())
         yield RunStarted(request.episode_id, agent.spec.name, adapter)
         while (draft := run.next_turn()) is not None:
             while draft.stop_reason is None:
@@ -120,7 +119,7 @@ async def run_agent(
             for call in draft.parsed.calls:
                 yield ToolStarted(draft.index, call.id, call.name, call.arguments or {})
             await draft.answer(run.box, run.context(draft))
-            turn = await _to_the_end(run.record(draft))
+            turn = await to_the_end(run.record(draft))
             for answered in turn.tool_calls:
                 yield ToolFinished(turn.index, answered)
             yield TurnRecorded(turn)
@@ -131,7 +130,7 @@ async def run_agent(
         run.stop_reason = run.stop_reason or "engine_error"
         raise
     finally:
-        await _to_the_end(run.end())
+        await to_the_end(run.end())
     yield run.ended()
 
 
@@ -316,24 +315,3 @@ class _Run:
 
     def _tokens_left(self) -> int:
         return self._agent.spec.limits.tokens - self._sampled_tokens
-
-
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Wait for `work` even if cancelled meanwhile, and pass the cancellation on after it.
-
-    A record that is half written would be written again, or never; and a cancelled scope of anyio
-    cancels again at every await, so one shield is not enough.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
-            cancelled = error
-    if cancelled is not None:
-        task.exception()  # seen: the cancellation is what the caller must hear of
-        raise cancelled
-    return task.result()

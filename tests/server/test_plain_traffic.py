@@ -130,6 +130,21 @@ def generation(text: str) -> Generation:
     )  # fmt: skip
 
 
+async def test_a_client_that_hangs_up_while_a_turn_is_written_costs_no_other(
+    desk: Desk,
+) -> None:
+    first = call(user("a"), episode_id="e")
+    episode = desk.traffic.join(first)
+    recording = asyncio.create_task(desk.traffic.record(episode, first, generation("one")))
+    await asyncio.sleep(0)  # it has begun
+    recording.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await recording
+    desk.traffic.leave(episode)
+    await desk.say(call(user("a"), said("one"), user("b"), episode_id="e"), "two")
+    assert desk.kept("e")[0] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("where", "fault"),
     [("begins", UNKNOWN), ("begins", DOWN), ("appends", FULL), ("appends", DOWN)],
