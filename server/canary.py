@@ -9,7 +9,6 @@ amount to is `server.canary_evidence`'s to say.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from policy.releases import Canary, ReleaseError, ReleaseEvent, Releases, ReleaseState
 from policy.types import AdapterRef
+from server.background import cancel
 from server.canary_evidence import Evidence, Stage, weigh
 
 logger = logging.getLogger("hone.canary")
@@ -52,9 +52,7 @@ class CanaryDecider:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancel(self._task)
             self._task = None
 
     def evidence(self, canary: Canary) -> Evidence | None:

@@ -7,7 +7,6 @@ A client names the episode, or its calls join the open one whose conversation th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from feedback.packing import why_unpackable
 from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
+from server.background import cancel
 from server.errors import Conflict
 from server.uncancelled import to_the_end
 
@@ -115,9 +115,7 @@ class PlainTraffic:
     async def stop(self) -> None:
         """End what is open: after a restart no call could be joined to it."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancel(self._task)
         await self._end_all(list(self._open.values()), "interrupted")
 
     def is_open(self, episode_id: str) -> bool:

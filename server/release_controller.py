@@ -29,6 +29,7 @@ from policy.releases import (
     ReleaseStateName,
 )
 from policy.types import AdapterRef, ProbeReport
+from server.background import cancel
 from server.errors import NotFound, Unavailable
 
 logger = logging.getLogger("hone.releases")
@@ -111,9 +112,7 @@ class ReleaseController:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancel(self._task)
             self._task = None
 
     def live(self, policy: str) -> AdapterRef:

@@ -16,6 +16,7 @@ from policy.registry import AdapterMissing, Registry
 from policy.releases import ReleaseError, Releases
 from policy.retention import disposable
 from policy.types import AdapterRef
+from server.background import cancel
 
 logger = logging.getLogger("hone.releases")
 
@@ -49,9 +50,7 @@ class Retention:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancel(self._task)
             self._task = None
 
     async def tidy(self) -> None:

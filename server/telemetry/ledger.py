@@ -7,13 +7,13 @@ reads anyway. What happened while no server ran is in `/v1/training` and `/v1/po
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 
 from feedback.store import Store
 from feedback.training import TrainingRun
 from policy.releases import ReleaseEvent, Releases
+from server.background import cancel
 from server.telemetry.watch import Watcher
 
 logger = logging.getLogger("hone.telemetry")
@@ -52,9 +52,7 @@ class Ledger:
         """Tell what is left."""
         if self._task is None:
             return
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await cancel(self._task)
         self._task = None
         try:
             await self._tell_news()
