@@ -6,6 +6,7 @@ The order of stopping is ours: uvicorn only serves. What the parts are is `serve
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -93,6 +94,10 @@ async def _serve(
             logger.info("serves %s/v1, ready in %.1f s", services.settings.http.url, seconds)
         else:
             console.print(_banner(services, seconds), soft_wrap=True, highlight=False)
+        # What is loaded now stays: looking through it again, at a full collection, would hold up
+        # every request for half a second.
+        gc.collect()
+        gc.freeze()
         await server.serve(sockets=[listener])
 
 
