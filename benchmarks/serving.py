@@ -117,15 +117,15 @@ class Publisher:
 
 
 @contextmanager
-def hone(folder: Path) -> Iterator[Server]:
-    """`hone serve` without a trainer, its record in `folder`."""
+def hone(folder: Path, database: str | None = None) -> Iterator[Server]:
+    """`hone serve` without a trainer; its record is in `folder` unless it is told otherwise."""
     agents = folder / "agents"
     agents.mkdir(parents=True)
     (agents / f"{POLICY}.yaml").write_text(f"name: {POLICY}\n", encoding="utf-8")
     port = _free_port()
     settings = {
         "agents": agents,
-        "storage.database": f"sqlite:///{folder / 'hone.db'}",
+        "storage.database": database or f"sqlite:///{folder / 'hone.db'}",
         "model.adapters": folder / "adapters",
     }
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--no-trainer"]
