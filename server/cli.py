@@ -185,6 +185,34 @@ def feedback(
 
 
 @app.command()
+def practice(
+    model: Annotated[str, typer.Argument(help="'agent:NAME', or a policy's name.")],
+    *,
+    environment: Annotated[
+        str | None,
+        typer.Option(help="'package.module:name'; default: the agent's file's practice."),
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Of one round.")] = 16,
+    attempts: Annotated[int, typer.Option(min=1, help="At each task: K.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Each draws other tasks.")] = 1,
+    at_once: Annotated[int, typer.Option(min=1, help="Attempts side by side.")] = 16,
+    max_turns: Annotated[int, typer.Option(min=1, help="Requests of one attempt.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Have MODEL attempt an environment's tasks, K times each: it learns of them as of traffic."""
+    from server.commands import practice as practising  # noqa: PLC0415 - for this command only
+
+    settings = _settings({"config": config})
+    plan = practising.Plan(model, attempts=attempts, at_once=at_once, max_turns=max_turns)
+    declared = practising.declared_environment(settings.agents, model, environment)
+    practising.practise(
+        Client(settings, url), declared, plan, tasks=tasks, rounds=rounds, seed=seed, report=_print
+    )
+
+
+@app.command()
 def train(config: ConfigFlag = None) -> None:
     """Train once on what is ready; progress is shown. A running server proves what comes of it."""
     settings = _settings({"config": config})

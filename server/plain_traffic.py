@@ -173,6 +173,23 @@ class PlainTraffic:
             if is_here and await self._is_told(episode, episode.ended_as):
                 self._open.pop(episode.id)
 
+    async def end_by_name(self, episode_id: str) -> bool:
+        """End an open episode as its client asks; False if none of that name is open.
+
+        Raises Conflict while a call of it runs.
+        """
+        episode = self._open.get(episode_id)
+        if episode is None or episode.ended_as is not None:
+            return False
+        if episode.active:
+            raise Conflict(
+                f"a request of episode {episode_id!r} is under way; end it when that is answered",
+                code="episode_active",
+                param="episode_id",
+            )
+        await self.end(episode, "finished")
+        return True
+
     async def _end_all(self, episodes: Sequence[OpenEpisode], stop_reason: str) -> None:
         """At once, so that they share commits."""
         await asyncio.gather(*(self.end(episode, stop_reason) for episode in episodes))

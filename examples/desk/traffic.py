@@ -71,6 +71,13 @@ class Owner:
         await self._http.aclose()
 
 
+async def seed_fresh(owner: Owner, task: Task) -> Task:
+    """Seed a task's rows; one whose name or numbers were used before gets fresh ones."""
+    while not await owner.seed(task):
+        task = task.renamed(random.SystemRandom())
+    return task
+
+
 class Traffic:
     """Sends tasks to one agent of a Hone server and outcomes after them."""
 
@@ -125,16 +132,10 @@ class Traffic:
 
         async def one(task: Task) -> Outcome:
             async with limit:
-                seeded = await self.seed(task)
+                seeded = await seed_fresh(self.owner, task)
                 return await self.work(seeded, purpose="evaluation", model=model)
 
         return list(await asyncio.gather(*(one(task) for task in drawn)))
-
-    async def seed(self, task: Task) -> Task:
-        """Seed a task's rows; one whose name or numbers were used before gets fresh ones."""
-        while not await self.owner.seed(task):
-            task = task.renamed(random.SystemRandom())
-        return task
 
 
 async def keep_busy(
@@ -165,7 +166,7 @@ async def _group(
     traffic: Traffic, task: Task, attempts: int, report: Callable[[Outcome], None]
 ) -> None:
     async def one() -> None:
-        seeded = await traffic.seed(task)
+        seeded = await seed_fresh(traffic.owner, task)
         report(await traffic.work(seeded, purpose="live" if attempts == 1 else "practice"))
 
     runs: list[Awaitable[None]] = [one() for _ in range(attempts)]

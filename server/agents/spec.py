@@ -50,6 +50,9 @@ class AgentSpec(Strict):
     sampling: SamplingSpec = SamplingSpec()
     reward: RewardSpec = RewardSpec()
     training: TrainingSpec = TrainingSpec()
+    practice: str | None = Field(
+        None, description="Import path 'package.module:name' of what `hone practice` attempts."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -18,10 +18,10 @@ class Client:
 
     def __init__(self, settings: Settings, url: str | None) -> None:
         http = settings.http
-        self._url = (url or http.url).rstrip("/").removesuffix("/v1")
+        self.url = (url or http.url).rstrip("/").removesuffix("/v1")
         key = http.api_key
-        headers = {} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"}
-        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=30)
+        self.headers = {} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"}
+        self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=30)
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         given = {key: value for key, value in query.items() if value is not None}
@@ -36,14 +36,14 @@ class Client:
             answer = response.json()
         except httpx.HTTPError as error:
             raise CommandError(
-                f"no server answers at {self._url} ({error}); start one with `hone serve`, or "
+                f"no server answers at {self.url} ({error}); start one with `hone serve`, or "
                 "point to it with --url"
             ) from error
         except ValueError as error:
-            raise CommandError(f"{self._url} is no Hone server: it answers no JSON") from error
+            raise CommandError(f"{self.url} is no Hone server: it answers no JSON") from error
         if response.is_error:
             told = answer.get("error", {}) if isinstance(answer, dict) else {}
             raise CommandError(told.get("message") or f"{method} {path}: {response.status_code}")
         if not isinstance(answer, dict):
-            raise CommandError(f"{self._url} is no Hone server: {method} {path} answers no object")
+            raise CommandError(f"{self.url} is no Hone server: {method} {path} answers no object")
         return answer

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from feedback.episodes import EpisodeSummary
 from feedback.reward import reward_of
 from feedback.types import Episode, FeedbackEvent, Purpose
-from server.errors import NotFound
+from server.errors import Conflict, NotFound
 from server.services import TENANT, Services, ServicesOf
 from server.wire import episode_json, recorded_turn_json
 
@@ -57,11 +57,7 @@ async def get_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
     """One episode with its turns, feedback and reward."""
     found = await asyncio.to_thread(_read, services, episode_id)
     if found is None:
-        raise NotFound(
-            f"episode {episode_id[:140]!r} does not exist; GET /v1/episodes lists those that do",
-            code="episode_not_found",
-            param="episode_id",
-        )
+        raise _missing(episode_id)
     episode, events = found
     spec = services.learning(episode.policy, episode.agent).reward
     reward = reward_of(spec, events, episode.ended_at, time.time())
@@ -73,6 +69,31 @@ async def get_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
         "feedback": [_event(event) for event in events],
         "turns": [recorded_turn_json(turn) for turn in episode.turns],
     }
+
+
+@router.post("/{episode_id}/end")
+async def end_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
+    """Say that a plain conversation is over, so that its reward may count at once; otherwise it
+    ends when it has been idle for a while. An agent's episode ends with its run."""
+    if not await services.plain.end_by_name(episode_id):
+        found = await asyncio.to_thread(services.store.episode, episode_id, tenant=TENANT)
+        if found is None:
+            raise _missing(episode_id)
+        if found.stop_reason is None:
+            raise Conflict(
+                f"episode {episode_id!r} is a running agent's; it ends with its run",
+                code="episode_active",
+                param="episode_id",
+            )
+    return {"id": episode_id, "object": "episode.end"}
+
+
+def _missing(episode_id: str) -> NotFound:
+    return NotFound(
+        f"episode {episode_id[:140]!r} does not exist; GET /v1/episodes lists those that do",
+        code="episode_not_found",
+        param="episode_id",
+    )
 
 
 def _read(services: Services, episode_id: str) -> tuple[Episode, list[FeedbackEvent]] | None:

@@ -25,7 +25,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from policy.base_model import BaseModel
-from policy.chat import ChatFormat
+from policy.chat import ChatFormat, ParsedTurn
 from policy.engine import Engine, complete
 from policy.generation import Generation, OnGeneration, generation_owner
 from policy.registry import Registry
@@ -124,12 +124,26 @@ def scripted_routes(
                 owner,
             )
         )
-        message = {"role": "assistant", "content": done.text}
+        message: dict[str, Any] = {"role": "assistant", "content": done.text}
+        if body.get("tools"):
+            parsed = byte_chat().parse(done.text)
+            message |= {"content": parsed.content, "tool_calls": _calls(parsed)}
         choice = {"index": 0, "message": message, "finish_reason": done.stop_reason}
         return {
             "id": "chatcmpl-1", "object": "chat.completion", "created": 0,
             "model": body["model"], "choices": [choice],
         }  # fmt: skip
+
+
+def _calls(parsed: ParsedTurn) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        }
+        for number, call in enumerate(parsed.calls)
+    ]
 
 
 @dataclass

@@ -72,7 +72,7 @@ def test_one_address_for_everybody_on_this_machine(host: str, url: str) -> None:
     settings = load_settings({"http.host": host, "http.api_key": "k"})
     assert settings.http.url == url
     assert settings.shared_environment()["HONE_TRAINER__BASE_URL"] == url
-    assert Client(settings, None)._url == url
+    assert Client(settings, None).url == url
 
 
 @pytest.mark.parametrize(
