@@ -24,8 +24,8 @@ serve: $(READY) ## Leave the desk and Hone running, for you to play with
 test: check ## Check, then run every test on the real engine (ARGS="tests/policy --durations=9")
 	$(BIN)/python -m pytest $(ARGS)
 
-compat: $(READY) ## Have agents use MCP servers as npm has them today (needs npx)
-	$(BIN)/python -m pytest tests/compat/mcp_registry.py $(ARGS)
+compat: $(READY) ## Have other people's clients, suites and MCP servers use it (needs node)
+	$(BIN)/python -m pytest tests/compat/mcp_registry.py tests/compat/clients.py $(ARGS)
 
 check: $(READY) ## Style, types and import contracts
 	$(BIN)/ruff check .
@@ -41,5 +41,5 @@ curves: $(READY) ## Run the demo for three seeds, K=1 and K=6, and draw docs/cur
 	$(BIN)/python -m benchmarks.learning
 
 clean: ## Remove .venv, caches and what demos wrote; the record that `make serve` keeps stays
-	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .compat .hypothesis .import_linter_cache .mypy_cache .ruff_cache build dist
 	rm -rf var/demo var/curves
