@@ -16,12 +16,19 @@ from sqlalchemy import Connection, Row, and_, insert, or_, select, update
 
 from feedback import events
 from feedback.database import insert_absent
-from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
+from feedback.errors import (
+    EpisodeEnded,
+    EpisodeExists,
+    EpisodeForeign,
+    EpisodeMissing,
+    TurnOutOfOrder,
+)
 from feedback.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
 from feedback.reward import effective_values
 from feedback.rows import EPISODE, ID_LENGTH, ITEM, TURN
 from feedback.texts import is_storable, storable
 from feedback.types import Episode, Purpose, ToolCall, Turn
+from policy.ownership import claimed_by
 
 _PARAMETERS = 500
 """Most values in one IN list: databases bound the number of parameters of a statement."""
@@ -49,10 +56,18 @@ class EpisodeSummary:
 
 
 def begin(connection: Connection, episode: Episode) -> None:
-    """Record that an episode began, with whatever turns it already has; raises EpisodeExists."""
+    """Record that an episode began, with whatever turns it already has.
+
+    Raises EpisodeExists, or EpisodeForeign if its id or its policy is another tenant's: nobody's
+    data trains another's adapter.
+    """
     _check_names(episode)
+    if claimed_by(connection, episode.policy) not in (None, episode.tenant):
+        raise EpisodeForeign(f"policy {episode.policy!r} is another tenant's")
     statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
     if connection.execute(statement, _episode_values(episode)).first() is None:
+        if tenant_of(connection, episode.id) != episode.tenant:
+            raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
         raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
     if episode.purpose != "evaluation":
         connection.execute(
@@ -157,6 +172,14 @@ def load(connection: Connection, ids: Sequence[str], tenant: str | None = None) 
             known = turns.setdefault(row.episode_id, [])
             known.append(_turn(row, known[-1] if known else None))
     return [_episode(rows[id], turns.get(id, ())) for id in ids if id in rows]
+
+
+def tenant_of(connection: Connection, episode_id: str) -> str | None:
+    """Whose an episode is; None if there is none of this id."""
+    tenant: str | None = connection.scalar(
+        select(EPISODE.c.tenant).where(EPISODE.c.id == episode_id)
+    )
+    return tenant
 
 
 def summaries(

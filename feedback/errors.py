@@ -13,6 +13,7 @@ class RecordError(Exception):
     RecordError
     ├── EpisodeMissing   no such episode
     ├── EpisodeExists    an episode of this id was begun before
+    ├── EpisodeForeign   its id, or its policy, is another tenant's
     ├── EpisodeEnded     the episode is over and takes no more turns
     ├── TurnOutOfOrder   a turn's index is not the next one
     └── LeaseLost        another trainer holds this claim, or it is over
@@ -36,6 +37,10 @@ class EpisodeMissing(RecordError):
 
 
 class EpisodeExists(RecordError):
+    pass
+
+
+class EpisodeForeign(RecordError):
     pass
 
 

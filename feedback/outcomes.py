@@ -14,6 +14,7 @@ from sqlalchemy import Connection, select
 from feedback import events
 from feedback.reward import effective_values
 from feedback.rows import EPISODE, ITEM
+from policy.ownership import owner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ def known(
     since: float,
     now: float,
     with_metrics: bool = False,
-    tenant: str = "default",
 ) -> list[Outcome]:
     """Live and practice episodes that started at `since` or later, in the order in which their
     rewards became known: what is added later stands at the end. Settle first."""
+    tenant = owner_of(connection, policy)
     columns = (EPISODE.c.id, EPISODE.c.task_key, EPISODE.c.version, EPISODE.c.started_at)
     rows = connection.execute(
         select(*columns, ITEM.c.reward)

@@ -162,6 +162,23 @@ class TrainingRunRow(SQLModel, table=True):
     finished_at: float | None = None
 
 
+class ApiKeyRow(SQLModel, table=True):
+    """One API key, by its public id. The secret is not here."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (Index("ix_api_key_tenant", "tenant", "created_at"),)
+
+    id: str = Field(primary_key=True, max_length=ID_LENGTH)
+    name: str = Field(max_length=ID_LENGTH)
+    tenant: str = Field(max_length=ID_LENGTH)
+    scopes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    digest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    created_at: float
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    last_used_at: float | None = None
+
+
 def _table(name: str) -> Table:
     return SQLModel.metadata.tables[name]
 
@@ -172,3 +189,4 @@ FEEDBACK = _table("feedback")
 ITEM = _table("training_item")
 LINE = _table("training_line")
 RUN = _table("training_run")
+KEY = _table("api_key")

@@ -43,7 +43,7 @@ class Store:
     # The log
 
     def begin(self, episode: Episode) -> None:
-        """Record that an episode began; raises EpisodeExists."""
+        """Record that an episode began; raises EpisodeExists or EpisodeForeign."""
         with self._writing.begin() as connection:
             episodes.begin(connection, episode)
 
@@ -70,6 +70,11 @@ class Store:
         with self.database.connect() as connection:
             found = episodes.load(connection, [id], tenant)
         return found[0] if found else None
+
+    def tenant_of(self, episode_id: str) -> str | None:
+        """Whose an episode is; None if there is none of this id."""
+        with self.database.connect() as connection:
+            return episodes.tenant_of(connection, episode_id)
 
     def episodes(
         self,

@@ -27,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlmodel import Field, SQLModel, col
 
+from policy.ownership import owner_column, owner_of
 from policy.release_state import (
     Canary,
     Change,
@@ -101,7 +102,7 @@ class ReleaseEventRow(SQLModel, table=True):
 
 
 class Releases:
-    """The release events of one tenant's policies in one database.
+    """The release events of all policies in one database, each event under its policy's tenant.
 
     Every write reads the state, checks it and appends, as one transaction.
     """
@@ -110,12 +111,10 @@ class Releases:
         self,
         database: Engine,
         *,
-        tenant: str = "default",
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_change` is called after each commit of ours; `record_in`'s are its caller's."""
         self._database = database
-        self._tenant = tenant
         self._on_change = on_change
 
     def state(self, policy: str) -> ReleaseState:
@@ -134,10 +133,8 @@ class Releases:
             ]
 
     def policies(self) -> list[str]:
-        """Names of all policies with events, sorted."""
-        rows = select(col(ReleaseEventRow.policy)).where(
-            col(ReleaseEventRow.tenant) == self._tenant
-        )
+        """Names of all tenants' policies with events, sorted."""
+        rows = select(col(ReleaseEventRow.policy))
         with Session(self._database) as session:
             return sorted(session.scalars(rows.distinct()))
 
@@ -337,7 +334,7 @@ class Releases:
     def _locked_changes(self, session: Session, policy: str) -> list[Change]:
         """The changes so far, with no other writer until this transaction ends."""
         if session.get_bind().dialect.name == "postgresql":
-            name = f"hone/releases/{self._tenant}/{policy}"
+            name = f"hone/releases/{policy}"
             session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
         else:
             # A write that touches no row takes SQLite's write lock before the read: a transaction
@@ -355,8 +352,8 @@ class Releases:
         ]
 
     def _of(self, policy: str) -> ColumnElement[bool]:
-        mine = col(ReleaseEventRow.tenant) == self._tenant
-        return and_(mine, col(ReleaseEventRow.policy) == policy)
+        its = col(ReleaseEventRow.tenant) == owner_column(policy)
+        return and_(its, col(ReleaseEventRow.policy) == policy)
 
     def _append(
         self,
@@ -369,10 +366,11 @@ class Releases:
         figures: Mapping[str, Any] | None = None,
     ) -> None:
         at = time.time()
+        tenant = owner_of(session.connection(), policy)
         for sequence, change in enumerate(changes, start=after + 1):
             session.add(
                 ReleaseEventRow(
-                    tenant=self._tenant,
+                    tenant=tenant,
                     policy=policy,
                     sequence=sequence,
                     version=change.version,

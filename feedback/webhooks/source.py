@@ -33,7 +33,7 @@ class WebhookSource:
         return SOURCE_PREFIX + self.spec.name
 
     def receive(
-        self, headers: Headers, body: bytes, *, now: float, tenant: str
+        self, headers: Headers, body: bytes, *, now: float
     ) -> list[FeedbackEvent] | Refused:
         """The events that a message says; none, if its owner's filter passes it over.
 
@@ -61,11 +61,11 @@ class WebhookSource:
             else [f"{message_id}#{index}" for index in range(len(statements))]
         )
         return [
-            self._event(event_id, statement, now, tenant)
+            self._event(event_id, statement, now)
             for event_id, statement in zip(ids, statements, strict=True)
         ]
 
-    def _event(self, event_id: str, statement: Statement, now: float, tenant: str) -> FeedbackEvent:
+    def _event(self, event_id: str, statement: Statement, now: float) -> FeedbackEvent:
         return FeedbackEvent(
             event_id=event_id,
             source=self.source,
@@ -74,7 +74,7 @@ class WebhookSource:
             value=statement.value,
             event_time=now if statement.event_time is None else statement.event_time,
             received_at=now,
-            tenant=tenant,
+            tenant=self.spec.tenant,
             comment=statement.comment,
         )
 

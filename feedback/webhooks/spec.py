@@ -20,6 +20,7 @@ from feedback.references import is_reference
 from feedback.spec import Strict
 from feedback.types import LARGEST_VALUE, METRIC_PATTERN
 from feedback.webhooks.signatures import PUBLIC_KEY, Scheme
+from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 
 SOURCE_PATTERN = r"^[a-z][a-z0-9_-]{0,62}$"
 
@@ -110,6 +111,9 @@ class WebhookSpec(Strict):
     """One source of webhooks."""
 
     name: str = Field(pattern=SOURCE_PATTERN)
+    tenant: str = Field(
+        DEFAULT_TENANT, pattern=TENANT_PATTERN, description="Whose episodes it speaks of."
+    )
     scheme: Scheme
     secrets: tuple[Annotated[str, AfterValidator(_reference)], ...] = Field(
         min_length=1, max_length=8, description="Any of them may sign: that is how to rotate."

@@ -18,7 +18,7 @@ from feedback.events import Receipt
 from feedback.webhooks.mapping import Unmappable
 from feedback.webhooks.signatures import Refused
 from server.errors import BadRequest, BodyTooLarge, NotFound, Unauthorized
-from server.services import TENANT, ServicesOf
+from server.services import ServicesOf
 from server.wire import receipt_json
 
 router = APIRouter(prefix="/v1/webhooks", tags=["feedback"])
@@ -38,7 +38,7 @@ async def receive_webhook(source: str, request: Request, services: ServicesOf) -
             f"the body is larger than {webhook.spec.max_body_bytes} bytes; send less"
         )
     try:
-        said = webhook.receive(request.headers.raw, body, now=time.time(), tenant=TENANT)
+        said = webhook.receive(request.headers.raw, body, now=time.time())
     except Unmappable as error:
         logger.warning("%s: a signed message gives no event: %s", source, error)
         raise BadRequest(str(error), code="invalid_payload", param=error.param) from error

@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from feedback.errors import EpisodeEnded, EpisodeExists, EpisodeMissing, TurnOutOfOrder
+from feedback.errors import (
+    EpisodeEnded,
+    EpisodeExists,
+    EpisodeForeign,
+    EpisodeMissing,
+    TurnOutOfOrder,
+)
 from feedback.rows import TURN
 from feedback.store import Store
 from feedback.types import ToolCall, Turn
@@ -79,6 +85,8 @@ def test_disorder_is_refused_and_changes_nothing(store: Store) -> None:
     store.begin(episode("e", ended_at=None))
     before = store.episode("e")
     with pytest.raises(EpisodeExists):
+        store.begin(episode("e"))
+    with pytest.raises(EpisodeForeign):
         store.begin(episode("e", tenant="other"))
     with pytest.raises(EpisodeMissing):
         store.append_turn("unknown", turn(0))

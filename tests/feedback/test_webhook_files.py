@@ -46,7 +46,7 @@ def receive(
 ) -> list[FeedbackEvent] | Refused:
     mac = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
     headers = [(b"x-hub-signature-256", f"sha256={mac}".encode())]
-    return source.receive(headers, body, now=5.0, tenant="default")
+    return source.receive(headers, body, now=5.0)
 
 
 def test_from_file_to_event(tmp_path: Path) -> None:

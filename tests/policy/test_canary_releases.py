@@ -23,7 +23,8 @@ WHO: dict[str, Any] = {"actor": "test", "reason": "because"}
 @pytest.fixture
 def releases(tmp_path: Path) -> Iterator[Releases]:
     engine: Engine = create_engine(f"sqlite:///{tmp_path / 'hone.db'}")
-    SQLModel.metadata.create_all(engine, tables=[SQLModel.metadata.tables["release_event"]])
+    tables = [SQLModel.metadata.tables[name] for name in ("release_event", "policy_owner")]
+    SQLModel.metadata.create_all(engine, tables=tables)
     yield Releases(engine)
     engine.dispose()
 

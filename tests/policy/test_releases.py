@@ -9,11 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from sqlmodel import col
 
 from feedback.database import open_database
+from policy.ownership import PolicyOwned, own, owners
 from policy.releases import (
     NothingToRollBack,
     NotPromotable,
@@ -151,9 +153,24 @@ def test_record_in_shares_the_fate_of_its_transaction(releases: Releases, databa
 
 
 def test_tenants_are_apart(database: Engine) -> None:
-    make_live(Releases(database, tenant="a"), 1)
-    assert Releases(database, tenant="b").state("desk").live == ref(0)
-    assert Releases(database, tenant="b").policies() == []
+    """What was released before a policy had this owner is not in its state."""
+    releases = Releases(database)
+    make_live(releases, 1)
+    own(database, {"desk": "a", "till": "b"})
+    assert releases.state("desk").live == ref(0)
+    make_live(releases, 2)
+    assert releases.state("desk").live == ref(2)
+    with Session(database) as session:
+        tenants = set(session.scalars(select(col(ReleaseEventRow.tenant))))
+    assert tenants == {"a", "default"}
+
+
+def test_a_policy_has_one_owner_for_ever(database: Engine) -> None:
+    own(database, {"desk": "a"})
+    own(database, {"desk": "a", "till": "b"})
+    with pytest.raises(PolicyOwned, match="'desk' belongs to tenant 'a' and cannot be tenant 'b'"):
+        own(database, {"desk": "b"})
+    assert owners(database) == {"desk": "a", "till": "b"}
 
 
 def at_once(actions: list[Callable[[], object]]) -> list[object]:
