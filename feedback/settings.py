@@ -21,7 +21,9 @@ class StorageSettings(BaseModel):
         description="URL of the record: sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME.",
     )
     redis: str | None = Field(
-        None, description="redis://HOST:PORT/0: wakes processes at once. Without it they poll."
+        None,
+        description="redis://HOST:PORT/0: wakes processes at once, and counts limits for all of "
+        "them. Without it they poll, and each counts for itself.",
     )
 
     @field_validator("database")

@@ -55,9 +55,9 @@ class AgentChatIn(BaseModel):
 
 
 async def agent_chat(
-    body: Mapping[str, Any], headers: Mapping[str, str], services: Services
+    body: Mapping[str, Any], headers: Mapping[str, str], services: Services, tenant: str
 ) -> Response:
-    """Answer a chat completion request whose model is `agent:NAME`. Raises ApiError."""
+    """Answer a tenant's chat completion request whose model is `agent:NAME`. Raises ApiError."""
     try:
         asked = AgentChatIn.model_validate(body)
         run = asked.run(headers)
@@ -65,7 +65,8 @@ async def agent_chat(
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{where}: {first['msg']}", code="invalid_value", param=where) from error
-    started = await start_run(asked.model.removeprefix(AGENT_PREFIX), run, services)
+    name = asked.model.removeprefix(AGENT_PREFIX)
+    started = await start_run(name, run, services, tenant)
     if asked.stream:
         wants_usage = bool((asked.stream_options or {}).get("include_usage"))
         episode_id = (await started.begin()).episode_id

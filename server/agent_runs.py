@@ -23,7 +23,7 @@ from policy.types import AdapterRef
 from server.agents.events import RunEnded, RunEvent, RunStarted, TurnRecorded
 from server.agents.run import Agent, RunRequest, run_agent
 from server.errors import FORESEEN, ApiError, BadRequest, NotFound, as_api_error
-from server.services import TENANT, Services
+from server.services import Services
 from server.telemetry.logs import log_also
 from server.wire import EPISODE_HEADER, MAX_METADATA, EpisodeId
 
@@ -132,17 +132,19 @@ def failure(error: Exception, episode_id: str) -> ApiError:
     return told
 
 
-async def start_run(name: str, asked: RunIn, services: Services) -> StartedRun:
-    """Take a lease on the adapter and begin. Raises ApiError for an agent or model unknown."""
-    agent = services.agents.get(name)
+async def start_run(name: str, asked: RunIn, services: Services, tenant: str) -> StartedRun:
+    """Take a lease on the adapter and begin, for a tenant. Raises ApiError for an agent or model
+    that it does not have."""
+    agents = services.agents_of(tenant)
+    agent = agents.get(name)
     if agent is None:
-        known = ", ".join(services.agents) or "none"
+        known = ", ".join(agents) or "none"
         raise NotFound(
             f"agent {name[:140]!r} does not exist; expected one of: {known}",
             code="agent_not_found",
             param="agent",
         )
-    request = _request(name, asked)
+    request = _request(name, asked, tenant)
     log_also(episode_id=request.episode_id)
     adapter = _adapter(agent, asked.model, request, services)
     lease = await services.controller.hold(adapter)
@@ -163,7 +165,7 @@ def _adapter(
     policy = agent.spec.policy
     if model is None or model == policy:
         return services.routing.assigned(policy, request.task_key, request.purpose)
-    ref = services.routing.pinned(model)
+    ref = services.routing.pinned(model, tenant=request.tenant)
     if ref.policy != policy:
         raise BadRequest(
             f"model {model!r} is another policy's; agent {agent.spec.name!r} acts by {policy!r}",
@@ -173,7 +175,7 @@ def _adapter(
     return ref
 
 
-def _request(name: str, asked: RunIn) -> RunRequest:
+def _request(name: str, asked: RunIn, tenant: str) -> RunRequest:
     is_text = isinstance(asked.input, str)
     messages = [{"role": "user", "content": asked.input}] if is_text else asked.input
     said = json.dumps(messages, sort_keys=True).encode()
@@ -183,6 +185,6 @@ def _request(name: str, asked: RunIn) -> RunRequest:
         task_key=asked.task_key or f"{name}/{hashlib.sha256(said).hexdigest()[:12]}",
         purpose=asked.purpose,
         metadata=asked.metadata,
-        tenant=TENANT,
+        tenant=tenant,
         stream=asked.stream,
     )

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 
+from feedback.keys import ApiKeys
 from feedback.log import Log
 from feedback.store import Store
 from feedback.wakeup import Wakeup, open_wakeup
@@ -26,14 +28,20 @@ from policy.chat import ChatFormat, load_chat_format
 from policy.engine import Engine
 from policy.generation import OnGeneration
 from policy.leases import Leases
+from policy.ownership import own, owners
 from policy.registry import Registry
 from policy.releases import Releases
+from server.access.counters import Counters
+from server.access.document import describe
+from server.access.gate import Access, Gate
+from server.access.keys import KeyRing
+from server.access.limits import Limits
 from server.agent_chat import agent_chat
 from server.agents.run import Agent
 from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
 from server.errors import install_error_handlers
-from server.middleware import BearerKey, BoundedBody, RequestIds
+from server.middleware import BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, SampledReply, collect
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
@@ -43,6 +51,7 @@ from server.routes import (
     episodes,
     feedback,
     health,
+    keys,
     metrics,
     models,
     policies,
@@ -117,15 +126,30 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     install_error_handlers(app)
     for module in (
         *(health, models, agents, feedback, webhooks),
-        *(episodes, policies, training, metrics),
+        *(episodes, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
+    describe(app)
 
     key = settings.http.api_key
     # The last one added runs first.
     app.add_middleware(PlainEpisodes, services=lambda: _plain_services(app))
     app.add_middleware(BoundedBody, max_bytes=settings.http.max_body_bytes)
-    app.add_middleware(BearerKey, key=None if key is None else key.get_secret_value())
+    app.add_middleware(
+        Gate,
+        key=None if key is None else key.get_secret_value(),
+        routes=lambda: app.router.routes,
+        access=lambda: services_of(app).access,
+    )
+    if settings.access.cors_origins:
+        # Before the gate: browsers ask for leave without a key, and must be able to read refusals.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     if settings.telemetry.otlp_endpoint is not None:
         # OpenTelemetry is imported only where it is used.
         from server.telemetry.callers import CallerTraces  # noqa: PLC0415
@@ -157,10 +181,12 @@ async def _start(
     stack.push_async_callback(engine.close)
 
     store, wakeup, writer = _open_record(settings, stack)
+    own(store.database, {spec.policy: spec.tenant for spec in specs.values()})
     chat = parts.chat(base.path)
     spans = _spans(settings, chat, stack)
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
-    log = WatchedLog(writer, Watchers(watchers))
+    access = _open_access(settings, store, counted, stack)
+    log = WatchedLog(writer, Watchers(watchers), access.limits.note_tokens)
     registry = Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank)
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
     leases = Leases()
@@ -194,7 +220,8 @@ async def _start(
     stack.push_async_callback(retention.stop)
 
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
-    routing = Routing(base_name, {a.name: a.policy for a in specs.values()}, controller)
+    agent_policies = {spec.name: spec.policy for spec in specs.values()}
+    routing = Routing(base_name, agent_policies, controller, owners(store.database))
     plain = PlainTraffic(
         log, idle_seconds=settings.http.episode_idle_seconds, is_reply=SampledReply(chat.parse)
     )
@@ -229,7 +256,23 @@ async def _start(
         webhooks=webhooks,
         trainer=trainer,
         metrics=counted,
+        keys=ApiKeys(store.database),
+        access=access,
     )
+
+
+def _open_access(
+    settings: Settings, store: Store, counted: Metrics | None, stack: AsyncExitStack
+) -> Access:
+    """Who is known by a key, and what was used."""
+    ring = KeyRing(ApiKeys(store.database), max_age=settings.access.key_cache_seconds)
+    ring.start()
+    stack.push_async_callback(ring.stop)
+    missed = (lambda: None) if counted is None else counted.limit_fell_back
+    limits = Limits(settings.limits, Counters(settings.storage.redis, missed))
+    limits.start()
+    stack.push_async_callback(limits.stop)
+    return Access(ring, limits)
 
 
 def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, Wakeup, Log]:
@@ -281,10 +324,10 @@ def _trainer_environment(settings: Settings) -> Mapping[str, str]:
 def _plain_services(app: FastAPI) -> PlainServices:
     services = services_of(app)
 
-    async def is_recorded(episode_id: str) -> bool:
-        return await asyncio.to_thread(services.store.episode, episode_id) is not None
+    async def tenant_of(episode_id: str) -> str | None:
+        return await asyncio.to_thread(services.store.tenant_of, episode_id)
 
-    async def chat(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-        return await agent_chat(body, headers, services)
+    async def chat(body: Mapping[str, Any], headers: Mapping[str, str], tenant: str) -> Response:
+        return await agent_chat(body, headers, services, tenant)
 
-    return PlainServices(services.plain, services.routing, services.controller, is_recorded, chat)
+    return PlainServices(services.plain, services.routing, services.controller, tenant_of, chat)

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from server.access.caller import SCOPES
 from server.commands import views
 from server.commands.client import Client, CommandError
 from server.settings import Settings, described, load_settings
@@ -28,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+keys = typer.Typer(name="keys", help="API keys: who may do what.", no_args_is_help=True)
+app.add_typer(keys)
 
 ConfigFlag = Annotated[Path | None, typer.Option("--config", help=described("config"))]
 UrlFlag = Annotated[
@@ -182,6 +187,48 @@ def feedback(
     receipt = client.post("/v1/feedback", said | ({"comment": comment} if comment else {}))
     parked = "; no such episode yet, it is kept for when there is one" if receipt["parked"] else ""
     _print(f"{receipt['status']} as {receipt['event_id']}{parked}")
+
+
+@keys.command("create")
+def create_key(
+    name: str,
+    *,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(SCOPES)}; once for each. Default: all but admin."),
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Default: your key's own.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Until it expires.")] = None,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Make a key called NAME. Its text is shown this once."""
+    body: dict[str, Any] = {"name": name, "scopes": scope or [s for s in SCOPES if s != "admin"]}
+    if tenant is not None:
+        body["tenant"] = tenant
+    if days is not None:
+        body["expires_at"] = time.time() + days * 86_400
+    made = _client(config, url).post("/v1/keys", body)
+    about = f"{made['id']} of tenant {made['tenant']}: {', '.join(made['scopes'])}"
+    Console(stderr=True).print(f"[bold]{escape(about)}[/]; keep it, it is not shown again:")
+    print(made["key"])  # alone on stdout, for a pipe
+
+
+@keys.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """The keys, newest first; their secrets are nowhere."""
+    _print(views.keys_view(_client(config, url).get("/v1/keys", tenant=tenant)["data"]))
+
+
+@keys.command("revoke")
+def revoke_key(key_id: str, config: ConfigFlag = None, url: UrlFlag = None) -> None:
+    """End a key for good."""
+    done = _client(config, url).post(f"/v1/keys/{key_id}/revoke", {})
+    _print(f"[bold]{done['id']}[/] of tenant {done['tenant']} is revoked")
 
 
 @app.command()

@@ -3,9 +3,11 @@
     ApiError                  status  type                   code
     ├── BadRequest            400     invalid_request_error  given by the place that refuses
     ├── Unauthorized          401     authentication_error   invalid_api_key
+    ├── Forbidden             403     permission_error       insufficient_scope, ...
     ├── NotFound              404     not_found_error        model_not_found, episode_not_found, ...
     ├── Conflict              409     conflict_error         given
     ├── BodyTooLarge          413     invalid_request_error  request_too_large
+    ├── TooManyRequests       429     rate_limit_error       rate_limit_exceeded, quota_exceeded
     └── Unavailable           503     server_error           engine_unavailable, starting, ...
 
 Routes raise these; nothing else in the server builds an error body, but for `engine_errors`, which
@@ -24,7 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from feedback.errors import EpisodeExists, EpisodeMissing, RecordUnavailable
+from feedback.errors import EpisodeExists, EpisodeForeign, EpisodeMissing, RecordUnavailable
 from feedback.log import LogClosed
 from policy.chat import ChatFormatError
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineError, PromptTooLong
@@ -66,6 +68,12 @@ class Unauthorized(ApiError):
     default_code = "invalid_api_key"
 
 
+class Forbidden(ApiError):
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
+
+
 class NotFound(ApiError):
     status = 404
     type = "not_found_error"
@@ -82,6 +90,12 @@ class BodyTooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class TooManyRequests(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
 
 
 class Unavailable(ApiError):
@@ -110,6 +124,7 @@ _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     PromptTooLong: (BadRequest, "context_length_exceeded", "messages"),
     EngineError: (Unavailable, "engine_unavailable", None),
     EpisodeExists: (Conflict, "episode_exists", "episode_id"),
+    EpisodeForeign: (Forbidden, "episode_forbidden", "episode_id"),
     EpisodeMissing: (NotFound, "episode_not_found", "episode_id"),
     RecordUnavailable: (Unavailable, "record_unavailable", None),
     LogClosed: (Unavailable, "stopping", None),

@@ -1,24 +1,20 @@
-"""What happens to every request before a route sees it: an id, a key, a bounded body.
+"""What happens to every request before a route sees it: an id and a bounded body.
 
-Plain ASGI, so that streams are not buffered. Errors leave in OpenAI's shape.
+Who may ask at all is `server.access`'s. Plain ASGI, so that streams are not buffered. Errors leave
+in OpenAI's shape.
 """
 
 from __future__ import annotations
 
-import hmac
 import re
 import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, BadRequest, BodyTooLarge, Unauthorized, error_response
+from server.errors import ApiError, BadRequest, BodyTooLarge, error_response
 from server.telemetry.logs import log_only
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""Answered without a key: probes carry none, and the answers tell nothing."""
-SIGNED_PATH = re.compile(r"/v1/webhooks/[^/]+")
-"""Posted to without a key: what is sent there carries its sender's signature."""
 REQUEST_ID = "x-request-id"
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
@@ -45,30 +41,6 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, with_id)
-
-
-class BearerKey:
-    """Refuses requests without the server's key, if it has one."""
-
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app = app
-        self._expected = None if key is None else f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or self._expected is None
-            or scope["path"] in OPEN_PATHS
-            or (scope["method"] == "POST" and SIGNED_PATH.fullmatch(scope["path"]))
-            or hmac.compare_digest(_authorization(scope), self._expected)
-        ):
-            await self._app(scope, receive, send)
-            return
-        error = Unauthorized(
-            "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
-            headers={"www-authenticate": "Bearer"},
-        )
-        await error_response(error)(scope, receive, send)
 
 
 class BoundedBody:
@@ -125,10 +97,3 @@ def replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _authorization(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            return bytes(value)
-    return b""

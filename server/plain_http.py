@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feedback.types import Purpose
 from policy.chat import ParsedTurn
 from policy.generation import Generation, generation_owner
+from server.access.caller import Caller
 from server.engine_errors import in_our_shape
 from server.errors import FORESEEN, BadRequest, Conflict, as_api_error, error_response
 from server.middleware import replayed
-from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, task_key_of
+from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, foreign, task_key_of
 from server.release_controller import ReleaseController
 from server.routing import AGENT_PREFIX, Routing
 from server.telemetry.logs import log_also
@@ -60,10 +61,10 @@ class PlainServices:
     traffic: PlainTraffic
     routing: Routing
     controller: ReleaseController
-    is_recorded: Callable[[str], Awaitable[bool]]
-    """Whether the log knows an episode of this id."""
-    agent_chat: Callable[[Mapping[str, Any], Mapping[str, str]], Awaitable[ASGIApp]]
-    """Answers a chat request, given with its headers, whose model is an agent."""
+    tenant_of: Callable[[str], Awaitable[str | None]]
+    """Whose episode the log has under this id; None if it has none."""
+    agent_chat: Callable[[Mapping[str, Any], Mapping[str, str], str], Awaitable[ASGIApp]]
+    """Answers a tenant's chat request, given with its headers, whose model is an agent."""
 
 
 class PlainEpisodes:
@@ -90,12 +91,15 @@ class PlainEpisodes:
     ) -> None:
         services = self._services()
         headers = Headers(scope=scope)
+        caller: Caller = scope["state"]["caller"]
         if body["model"].startswith(AGENT_PREFIX) and scope["path"] == CHAT_PATH:
-            answer = await services.agent_chat(body, headers)
+            caller.check("runs")
+            answer = await services.agent_chat(body, headers, caller.tenant)
             await answer(scope, receive, send)
             return
-        call = _chat_call(body, headers, scope["path"], services.routing)
-        await _check_not_over(call.episode_id, services)
+        caller.check("inference")
+        call = _chat_call(body, headers, scope["path"], services.routing, caller)
+        await _check_not_over(call, services)
         episode = services.traffic.join(call)
         log_also(episode_id=episode.id)
         running = RunningCall(episode, call)
@@ -118,10 +122,14 @@ class PlainEpisodes:
             await asyncio.shield(_finished(running, services.traffic, ends=ends))
 
 
-async def _check_not_over(episode_id: str | None, services: PlainServices) -> None:
+async def _check_not_over(call: ChatCall, services: PlainServices) -> None:
+    episode_id = call.episode_id
     if episode_id is None or services.traffic.is_open(episode_id):
         return
-    if await services.is_recorded(episode_id):
+    tenant = await services.tenant_of(episode_id)
+    if tenant is not None and tenant != call.tenant:
+        raise foreign(episode_id)
+    if tenant is not None:
         raise Conflict(
             f"episode {episode_id!r} is over, or an agent's; start another one",
             code="episode_ended",
@@ -162,7 +170,9 @@ async def _record(running: RunningCall, traffic: PlainTraffic) -> None:
             logger.exception("a turn of episode %s is not recorded", running.episode.id)
 
 
-def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Routing) -> ChatCall:
+def _chat_call(
+    body: Mapping[str, Any], headers: Headers, path: str, routing: Routing, caller: Caller
+) -> ChatCall:
     model = body["model"]
     metadata = _metadata(body)
     purpose = _purpose(metadata.get("purpose", "live"))
@@ -178,10 +188,11 @@ def _chat_call(body: Mapping[str, Any], headers: Headers, path: str, routing: Ro
         messages = ()
     opening = messages or [{"prompt": body.get("prompt")}]
     task_key = metadata.get("task_key") or task_key_of(opening)
-    route = routing.resolve(model, task_key, purpose)
+    route = routing.resolve(model, task_key, purpose, tenant=caller.tenant)
     user = body.get("user")
     return ChatCall(
-        caller=f"{user if isinstance(user, str) else ''}\0{model}",
+        tenant=caller.tenant,
+        caller=f"{user if isinstance(user, str) else ''}\0{caller.key_id}\0{model}",
         adapter=route.adapter,
         is_pinned=route.is_pinned,
         messages=messages,

@@ -23,7 +23,7 @@ from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
 from server.background import cancel
-from server.errors import Conflict
+from server.errors import Conflict, Forbidden
 from server.uncancelled import to_the_end
 
 logger = logging.getLogger("hone.episodes")
@@ -53,8 +53,9 @@ class ReplyReader(Protocol):
 class ChatCall:
     """One plain request, as far as it tells which episode it belongs to."""
 
+    tenant: str
     caller: str
-    """Key and user and model name: only calls of one caller join."""
+    """User and key and model name: only calls of one caller join."""
     adapter: AdapterRef
     """What a new episode would take."""
     is_pinned: bool
@@ -75,6 +76,7 @@ class OpenEpisode:
     """An episode that may get more turns."""
 
     id: str
+    tenant: str
     caller: str
     adapter: AdapterRef
     task_key: str
@@ -125,7 +127,8 @@ class PlainTraffic:
     def join(self, call: ChatCall) -> OpenEpisode:
         """The episode of this call, marked as active; nothing is recorded until it generates.
 
-        Raises Conflict if it names an open episode of another caller or adapter.
+        Raises Conflict if it names an open episode of another caller or adapter, Forbidden if of
+        another tenant.
         """
         if call.episode_id is not None:
             episode = self._open.get(call.episode_id)
@@ -173,13 +176,13 @@ class PlainTraffic:
             if is_here and await self._is_told(episode, episode.ended_as):
                 self._open.pop(episode.id)
 
-    async def end_by_name(self, episode_id: str) -> bool:
-        """End an open episode as its client asks; False if none of that name is open.
+    async def end_by_name(self, episode_id: str, tenant: str) -> bool:
+        """End a tenant's open episode as its client asks; False if it has none of that name open.
 
         Raises Conflict while a call of it runs.
         """
         episode = self._open.get(episode_id)
-        if episode is None or episode.ended_as is not None:
+        if episode is None or episode.tenant != tenant or episode.ended_as is not None:
             return False
         if episode.active:
             raise Conflict(
@@ -226,6 +229,7 @@ class PlainTraffic:
     def _opened(self, call: ChatCall) -> OpenEpisode:
         return OpenEpisode(
             id=call.episode_id or f"ep_{secrets.token_hex(10)}",
+            tenant=call.tenant,
             caller=call.caller,
             adapter=call.adapter,
             task_key=call.task_key,
@@ -239,7 +243,8 @@ class PlainTraffic:
         for episode in reversed(self._open.values()):
             known = len(episode.digests)
             if (
-                episode.caller == call.caller
+                episode.tenant == call.tenant
+                and episode.caller == call.caller
                 and not episode.active
                 and episode.ended_as is None
                 and 0 < known < len(call.digests)
@@ -270,6 +275,15 @@ class PlainTraffic:
         return min(_RETRY_SECONDS, self._idle_seconds) if is_retry else self._idle_seconds
 
 
+def foreign(episode_id: str) -> Forbidden:
+    """The refusal of an id that another tenant took."""
+    return Forbidden(
+        f"episode id {episode_id!r} is taken; choose another one",
+        code="episode_forbidden",
+        param="metadata.episode_id",
+    )
+
+
 def task_key_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """The same opening is the same task, so that repeated questions share a baseline."""
     digests = "".join(_digest(message) for message in messages)
@@ -277,6 +291,8 @@ def task_key_of(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check_same(episode: OpenEpisode, call: ChatCall) -> None:
+    if episode.tenant != call.tenant:
+        raise foreign(episode.id)
     same_adapter = episode.adapter == call.adapter if call.is_pinned else True
     same_policy = episode.adapter.policy == call.adapter.policy
     if episode.caller.split("\0")[0] != call.caller.split("\0")[0] or not same_policy:
@@ -302,6 +318,7 @@ def _begun(episode: OpenEpisode, started_at: float) -> Episode:
         version=episode.adapter.version,
         task_key=episode.task_key,
         started_at=started_at,
+        tenant=episode.tenant,
         purpose=episode.purpose,
         temperature=episode.temperature,
         metadata=episode.metadata,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from feedback.types import Purpose
+from policy.ownership import DEFAULT_TENANT
 from policy.types import AdapterRef
 from server.errors import BadRequest, NotFound
 
@@ -56,10 +58,21 @@ class Model:
 
 
 class Routing:
-    """Model names of this server. `agents` maps an agent's name to its policy's."""
+    """Model names of this server. `agents` maps an agent's name to its policy's.
 
-    def __init__(self, base_name: str, agents: Mapping[str, str], live: Live) -> None:
-        """Raises ReservedName."""
+    A name means something to the tenant whose policy it is, and to nobody else; the base model is
+    everybody's.
+    """
+
+    def __init__(
+        self,
+        base_name: str,
+        agents: Mapping[str, str],
+        live: Live,
+        owners: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`owners`: each policy's tenant; one that is not there is the default's. Raises
+        ReservedName."""
         for agent, policy in agents.items():
             if policy in (base_name, BASE_POLICY):
                 raise ReservedName(
@@ -69,11 +82,16 @@ class Routing:
         self._base_name = base_name
         self._agents = agents
         self._live = live
+        self._owners = owners
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Every policy that an agent has or that has a release."""
+        """Every tenant's policies that an agent has or that have a release."""
         return tuple(sorted({*self._agents.values(), *self._live.policies}))
+
+    def policies_of(self, tenant: str) -> tuple[str, ...]:
+        """Those of one tenant."""
+        return tuple(policy for policy in self.policies if self._is_of(tenant, policy))
 
     def assigned(self, policy: str, key: str, purpose: Purpose) -> AdapterRef:
         """The adapter of a new episode of the task `key`, which names no version.
@@ -84,55 +102,63 @@ class Routing:
             return self._live.live(policy)
         return self._live.assigned(policy, key)
 
-    def resolve(self, model: str, key: str, purpose: Purpose) -> Route:
-        """The adapter of a new plain episode of the task `key`.
+    def resolve(self, model: str, key: str, purpose: Purpose, *, tenant: str) -> Route:
+        """The adapter of a new plain episode of a tenant, of the task `key`.
 
         Raises NotFound for an unknown name, BadRequest for an agent's that is no policy's.
         """
         if model in (self._base_name, BASE_POLICY):
             return Route(AdapterRef(BASE_POLICY, 0), is_pinned=True)
-        if model in self.policies:
+        policies = self.policies_of(tenant)
+        if model in policies:
             return Route(self.assigned(model, key, purpose), is_pinned=False)
         if "@" in model:
-            return Route(self.pinned(model), is_pinned=True)
-        if model.removeprefix(AGENT_PREFIX) in self._agents:
-            name = model.removeprefix(AGENT_PREFIX)
+            return Route(self.pinned(model, tenant=tenant), is_pinned=True)
+        name = model.removeprefix(AGENT_PREFIX)
+        if self._agents.get(name) in policies:
             raise BadRequest(
                 f"{name!r} is an agent: chat with the model '{AGENT_PREFIX}{name}', or use POST "
                 f"/v1/agents/{name}/runs; its bare policy is {self._agents[name]!r}",
                 code="model_is_an_agent",
                 param="model",
             )
-        raise self._unknown(model)
+        raise self._unknown(model, tenant)
 
-    def pinned(self, model: str) -> AdapterRef:
-        """Read `policy@vN`. Raises NotFound unless the policy is known."""
+    def pinned(self, model: str, *, tenant: str) -> AdapterRef:
+        """Read `policy@vN`. Raises NotFound unless the policy is the tenant's."""
         try:
             ref = AdapterRef.parse(model)
         except ValueError:
-            raise self._unknown(model) from None
-        if ref.policy not in self.policies:
-            raise self._unknown(model)
+            raise self._unknown(model, tenant) from None
+        if ref.policy not in self.policies_of(tenant):
+            raise self._unknown(model, tenant)
         return ref
 
     def engine_name(self, ref: AdapterRef) -> str:
         """What the engine's own routes call this adapter."""
         return self._base_name if ref.policy == BASE_POLICY else str(ref)
 
-    def models(self) -> list[Model]:
-        """All names, the base model first."""
+    def models(self, tenant: str) -> list[Model]:
+        """All names that a tenant may use, the base model first."""
+        policies = self.policies_of(tenant)
         listed = [Model(self._base_name, "base")]
-        for policy in self.policies:
+        for policy in policies:
             listed.append(Model(policy, "policy", self._live.live(policy)))
-        listed += [Model(str(ref), "version", ref) for ref in sorted(self._live.resident)]
+        resident = sorted(ref for ref in self._live.resident if ref.policy in policies)
+        listed += [Model(str(ref), "version", ref) for ref in resident]
         listed += [
             Model(f"{AGENT_PREFIX}{agent}", "agent", self._live.live(policy), agent)
             for agent, policy in sorted(self._agents.items())
+            if policy in policies
         ]
         return listed
 
-    def _unknown(self, model: str) -> NotFound:
-        known = ", ".join(repr(name) for name in (self._base_name, *self.policies))
+    def _is_of(self, tenant: str, policy: str) -> bool:
+        return self._owners.get(policy, DEFAULT_TENANT) == tenant
+
+    def _unknown(self, model: str, tenant: str) -> NotFound:
+        names = (self._base_name, *self.policies_of(tenant))
+        known = ", ".join(repr(name) for name in names)
         return NotFound(
             f"model {model[:140]!r} does not exist; expected one of {known}, or POLICY@vN",
             code="model_not_found",

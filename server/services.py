@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
+from feedback.keys import ApiKeys
 from feedback.spec import LearningSpec
 from feedback.store import Store
 from feedback.webhooks.source import WebhookSource
@@ -17,6 +18,7 @@ from policy.engine import Engine
 from policy.leases import Leases
 from policy.registry import Registry
 from policy.releases import Releases
+from server.access.gate import Access
 from server.agents.run import Agent
 from server.canary import CanaryDecider
 from server.errors import Unavailable
@@ -27,8 +29,6 @@ from server.settings import Settings
 from server.supervisor import Supervisor
 from server.telemetry.metrics import Metrics
 from server.telemetry.watch import WatchedLog
-
-TENANT = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,14 @@ class Services:
     """None when the server runs no trainer."""
     metrics: Metrics | None
     """None when they are switched off."""
+    keys: ApiKeys
+    access: Access
     started_at: float = field(default_factory=time.time)
+
+    def agents_of(self, tenant: str) -> dict[str, Agent]:
+        """The agents that a tenant may see and run, by name."""
+        mine = self.agents.items()
+        return {name: agent for name, agent in mine if agent.spec.tenant == tenant}
 
     def learning(self, policy: str, agent: str | None = None) -> LearningSpec:
         """What counts as reward, and when to train: the agent's word, else its policy's first."""

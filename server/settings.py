@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from feedback.settings import StorageSettings, TrainerSection
 from policy.settings import EngineSettings, ModelSettings
+from server.access.settings import AccessSettings, LimitSettings
 from server.telemetry.settings import LogSettings, TelemetrySettings
 
 DEFAULT_CONFIG = Path("hone.toml")
@@ -36,7 +37,9 @@ class HttpSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8321, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: SecretStr | None = Field(
-        None, description="Bearer key that every request must carry; set HONE_HTTP__API_KEY."
+        None,
+        description="The operator's key, which may do everything; with it, every request must "
+        "carry a key. Set HONE_HTTP__API_KEY.",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body, bytes.")
     episode_idle_seconds: float = Field(
@@ -90,6 +93,8 @@ class Settings(BaseSettings):
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
     trainer: TrainerSection = TrainerSection()
+    access: AccessSettings = AccessSettings()
+    limits: LimitSettings = LimitSettings()
 
     @classmethod
     def settings_customise_sources(

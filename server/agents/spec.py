@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from feedback.spec import LearningSpec, RewardSpec, Strict, TrainingSpec
+from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 from server.tools.sources import ToolSource
 
 NAME_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
@@ -43,6 +44,9 @@ class AgentSpec(Strict):
     """One agent."""
 
     name: str = Field(pattern=NAME_PATTERN)
+    tenant: str = Field(
+        DEFAULT_TENANT, pattern=TENANT_PATTERN, description="Who may see and run it."
+    )
     policy: str = Field("", pattern=NAME_PATTERN, description="Adapter line; the agent's name.")
     system: str | None = Field(None, description="System prompt, before the client's messages.")
     tools: tuple[ToolSource, ...] = ()
@@ -109,10 +113,16 @@ def load_agents(folder: Path) -> dict[str, AgentSpec]:
 
 
 def _check_shared_policies(agents: Mapping[str, AgentSpec], files: Mapping[str, Path]) -> None:
-    """Agents may share a policy; then they must agree on how it learns, for it learns once."""
+    """Agents may share a policy; then they must agree on how it learns, for it learns once, and
+    be one tenant's: what it learned from one tenant's episodes may not answer another's."""
     first: dict[str, AgentSpec] = {}
     for agent in agents.values():
         other = first.setdefault(agent.policy, agent)
+        if agent.tenant != other.tenant:
+            raise AgentFileError(
+                f"{files[agent.name]}: tenant: policy {agent.policy!r} is also the policy of "
+                f"{files[other.name]}, whose tenant is {other.tenant!r}; name another policy"
+            )
         if agent.learning != other.learning:
             raise AgentFileError(
                 f"{files[agent.name]}: policy: {agent.policy!r} is also the policy of "

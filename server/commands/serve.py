@@ -24,6 +24,7 @@ from feedback.webhooks.spec import WebhookFileError
 from policy.base_model import BaseModelError
 from policy.chat import ChatFormatError
 from policy.engine import EngineError
+from policy.ownership import PolicyOwned
 from policy.registry import RegistryError
 from server.agents.run import Agent
 from server.agents.spec import AgentFileError
@@ -54,6 +55,7 @@ START_ERRORS = (
     BaseModelError,
     ChatFormatError,
     EngineError,
+    PolicyOwned,
     RecordUnavailable,
     RegistryError,
     ReservedName,

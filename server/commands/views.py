@@ -111,6 +111,33 @@ def episode_view(episode: Json) -> Group:
     return Group(head, *(_turn_panel(turn) for turn in episode["turns"]), *said)
 
 
+def keys_view(keys: Sequence[Json]) -> RenderableType:
+    """One line a key, without its secret."""
+    if not keys:
+        return Text("no keys yet; make one with `hone keys create NAME`")
+    table = _table("key", "name", "tenant", "scopes", "made", "used", "state")
+    for key in keys:
+        table.add_row(
+            key["id"],
+            escape(key["name"]),
+            key["tenant"],
+            " ".join(key["scopes"]),
+            _ago(key["created_at"]),
+            _ago(key["last_used_at"]),
+            _key_state(key),
+        )
+    return table
+
+
+def _key_state(key: Json) -> str:
+    if key["revoked_at"] is not None:
+        return "[red]revoked[/]"
+    if key["expires_at"] is None:
+        return "usable"
+    left = key["expires_at"] - time.time()
+    return f"usable for {left / 86_400:.1f} d" if left > 0 else "[red]expired[/]"
+
+
 def _turn_panel(turn: Json) -> Panel:
     body = Text(turn["text"].strip())
     for call in turn["tool_calls"]:

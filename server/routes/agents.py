@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from feedback.finite import finite
 from feedback.types import Turn
 from policy.types import AdapterRef
+from server.access.caller import CallerOf
 from server.agent_runs import RunIn, RunStream, StartedRun, failure, start_run
 from server.agents.events import (
     RunEnded,
@@ -34,8 +35,8 @@ _STATUS = {"finished": "completed", "cancelled": "cancelled", "engine_error": "f
 
 
 @router.get("")
-async def list_agents(services: ServicesOf) -> dict[str, Any]:
-    """The agents of this server, with their tools."""
+async def list_agents(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+    """The caller's agents, with their tools."""
     data = [
         {
             "id": name,
@@ -44,15 +45,15 @@ async def list_agents(services: ServicesOf) -> dict[str, Any]:
             "live": str(services.controller.live(agent.spec.policy)),
             "tools": list(agent.toolbox.now().names),
         }
-        for name, agent in services.agents.items()
+        for name, agent in services.agents_of(caller.tenant).items()
     ]
     return {"object": "list", "data": data}
 
 
 @router.post("/{name}/runs")
-async def run(name: str, body: RunIn, services: ServicesOf) -> Response:
+async def run(name: str, body: RunIn, services: ServicesOf, caller: CallerOf) -> Response:
     """Run one episode. Its first adapter is its only one, whatever is released meanwhile."""
-    started = await start_run(name, body, services)
+    started = await start_run(name, body, services, caller.tenant)
     if body.stream:
         first = await started.begin()
         return RunStream(started, first.episode_id, _sse(name, first, started))

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from feedback.episodes import EpisodeSummary
 from feedback.reward import reward_of
 from feedback.types import Episode, FeedbackEvent, Purpose
+from server.access.caller import CallerOf
 from server.errors import Conflict, NotFound
-from server.services import TENANT, Services, ServicesOf
+from server.services import Services, ServicesOf
 from server.wire import episode_json, recorded_turn_json
 
 router = APIRouter(prefix="/v1/episodes", tags=["episodes"])
@@ -35,12 +36,12 @@ class EpisodeQuery(BaseModel):
 
 @router.get("")
 async def list_episodes(
-    services: ServicesOf, query: Annotated[EpisodeQuery, Query()]
+    services: ServicesOf, caller: CallerOf, query: Annotated[EpisodeQuery, Query()]
 ) -> dict[str, Any]:
     """Newest first."""
     summaries = await asyncio.to_thread(
         services.store.episodes,
-        tenant=TENANT,
+        tenant=caller.tenant,
         policy=query.policy,
         agent=query.agent,
         purpose=query.purpose,
@@ -53,9 +54,9 @@ async def list_episodes(
 
 
 @router.get("/{episode_id}")
-async def get_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
+async def get_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """One episode with its turns, feedback and reward."""
-    found = await asyncio.to_thread(_read, services, episode_id)
+    found = await asyncio.to_thread(_read, services, episode_id, caller.tenant)
     if found is None:
         raise _missing(episode_id)
     episode, events = found
@@ -72,11 +73,11 @@ async def get_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
 
 
 @router.post("/{episode_id}/end")
-async def end_episode(episode_id: str, services: ServicesOf) -> dict[str, Any]:
+async def end_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """Say that a plain conversation is over, so that its reward may count at once; otherwise it
     ends when it has been idle for a while. An agent's episode ends with its run."""
-    if not await services.plain.end_by_name(episode_id):
-        found = await asyncio.to_thread(services.store.episode, episode_id, tenant=TENANT)
+    if not await services.plain.end_by_name(episode_id, caller.tenant):
+        found = await asyncio.to_thread(services.store.episode, episode_id, tenant=caller.tenant)
         if found is None:
             raise _missing(episode_id)
         if found.stop_reason is None:
@@ -96,11 +97,13 @@ def _missing(episode_id: str) -> NotFound:
     )
 
 
-def _read(services: Services, episode_id: str) -> tuple[Episode, list[FeedbackEvent]] | None:
-    episode = services.store.episode(episode_id, tenant=TENANT)
+def _read(
+    services: Services, episode_id: str, tenant: str
+) -> tuple[Episode, list[FeedbackEvent]] | None:
+    episode = services.store.episode(episode_id, tenant=tenant)
     if episode is None:
         return None
-    return episode, services.store.feedback(episode_id, tenant=TENANT)
+    return episode, services.store.feedback(episode_id, tenant=tenant)
 
 
 def _summary(summary: EpisodeSummary) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from feedback.texts import is_storable
 from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN, FeedbackEvent
 from feedback.webhooks.source import SOURCE_PREFIX
+from server.access.caller import CallerOf
 from server.errors import Conflict
-from server.services import TENANT, ServicesOf
+from server.services import ServicesOf
 from server.wire import receipt_json
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
@@ -65,7 +66,7 @@ class FeedbackIn(BaseModel):
     turn: int | None = Field(None, ge=0, le=100_000, strict=True)
     comment: Annotated[str, AfterValidator(_storable)] | None = Field(None, max_length=4000)
 
-    def event(self, now: float) -> FeedbackEvent:
+    def event(self, tenant: str, now: float) -> FeedbackEvent:
         return FeedbackEvent(
             event_id=self.event_id or f"fb_{uuid.uuid4().hex}",
             source=self.source,
@@ -74,7 +75,7 @@ class FeedbackIn(BaseModel):
             value=self.value,
             event_time=now if self.event_time is None else self.event_time,
             received_at=now,
-            tenant=TENANT,
+            tenant=tenant,
             turn=self.turn,
             comment=self.comment,
         )
@@ -92,6 +93,7 @@ class FeedbackBatchIn(BaseModel):
 async def post_feedback(
     body: Annotated[dict[str, Any], Body(json_schema_extra=FeedbackIn.model_json_schema())],
     services: ServicesOf,
+    caller: CallerOf,
 ) -> dict[str, Any]:
     """Record one event, or `{"events": [...]}`. An episode that is not known yet is no error."""
     now = time.time()
@@ -106,7 +108,7 @@ async def post_feedback(
         raise RequestValidationError(
             error.errors(include_input=False, include_url=False)
         ) from error
-    receipts = await services.log.add_feedback([item.event(now) for item in items])
+    receipts = await services.log.add_feedback([item.event(caller.tenant, now) for item in items])
     if is_batch:
         return {"object": "list", "data": [receipt_json(receipt) for receipt in receipts]}
     if receipts[0].status == "conflict":

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from server.access.caller import CallerOf
 from server.errors import NotFound
 from server.routing import Model
 from server.services import Services, ServicesOf
@@ -14,16 +15,16 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-async def list_models(services: ServicesOf) -> dict[str, Any]:
+async def list_models(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """The base model, policies, resident versions and agents."""
-    data = [_card(model, services) for model in services.routing.models()]
+    data = [_card(model, services) for model in services.routing.models(caller.tenant)]
     return {"object": "list", "data": data}
 
 
 @router.get("/{model:path}")
-async def get_model(model: str, services: ServicesOf) -> dict[str, Any]:
+async def get_model(model: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """One of them."""
-    for known in services.routing.models():
+    for known in services.routing.models(caller.tenant):
         if known.id == model:
             return _card(known, services)
     raise NotFound(

@@ -19,6 +19,7 @@ from policy.releases import (
     ReleaseState,
 )
 from policy.types import Adapter, AdapterRef
+from server.access.caller import Caller, CallerOf
 from server.errors import Conflict, NotFound, Unavailable
 from server.services import Services, ServicesOf
 
@@ -57,19 +58,19 @@ class PinIn(BaseModel):
 
 
 @router.get("")
-async def list_policies(services: ServicesOf) -> dict[str, Any]:
-    """Every policy, with what is live."""
+async def list_policies(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+    """Every policy of the caller's, with what is live."""
     data = [
         {"id": policy, "object": "policy", "live": str(services.controller.live(policy))}
-        for policy in services.routing.policies
+        for policy in services.routing.policies_of(caller.tenant)
     ]
     return {"object": "list", "data": data}
 
 
 @router.get("/{policy}")
-async def get_policy(policy: str, services: ServicesOf) -> dict[str, Any]:
+async def get_policy(policy: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """Versions with lineage and state, and every release event, oldest first."""
-    _check_known(policy, services)
+    _check_known(policy, services, caller)
     state, events, adapters = await asyncio.to_thread(_read, policy, services)
     return {
         "id": policy,
@@ -84,10 +85,10 @@ async def get_policy(policy: str, services: ServicesOf) -> dict[str, Any]:
 
 @router.post("/{policy}/rollback")
 async def rollback(
-    policy: str, services: ServicesOf, body: RollbackIn | None = None
+    policy: str, services: ServicesOf, caller: CallerOf, body: RollbackIn | None = None
 ) -> dict[str, Any]:
     """Take the canary back, or else the live version: no new episode has it when this answers."""
-    _check_known(policy, services)
+    _check_known(policy, services, caller)
     asked = body or RollbackIn()
     try:
         taken = await asyncio.to_thread(_take_back, services.releases, policy, asked)
@@ -105,10 +106,10 @@ async def rollback(
 
 @router.post("/{policy}/promote")
 async def promote(
-    policy: str, services: ServicesOf, body: PromoteIn | None = None
+    policy: str, services: ServicesOf, caller: CallerOf, body: PromoteIn | None = None
 ) -> dict[str, Any]:
     """Make a version live by hand, past the gate or its trial; new episodes take it at once."""
-    _check_known(policy, services)
+    _check_known(policy, services, caller)
     asked = body or PromoteIn()
     before = await asyncio.to_thread(services.releases.state, policy)
     ref = _asked(before, asked.version)
@@ -130,9 +131,9 @@ async def promote(
 
 
 @router.post("/{policy}/pin")
-async def pin(policy: str, services: ServicesOf, body: PinIn) -> dict[str, Any]:
+async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) -> dict[str, Any]:
     """Keep a version on disk whatever becomes of it, or no longer. It moves no traffic."""
-    _check_known(policy, services)
+    _check_known(policy, services, caller)
     ref = AdapterRef(policy, body.version)
     try:
         await asyncio.to_thread(
@@ -214,8 +215,8 @@ def _canary(canary: Canary, services: Services) -> dict[str, Any]:
     }
 
 
-def _check_known(policy: str, services: Services) -> None:
-    known = services.routing.policies
+def _check_known(policy: str, services: Services, caller: Caller) -> None:
+    known = services.routing.policies_of(caller.tenant)
     if policy not in known:
         raise NotFound(
             f"policy {policy[:140]!r} does not exist; expected one of {', '.join(known) or 'none'}",

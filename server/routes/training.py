@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from feedback.finite import finite
 from feedback.training import Readiness
 from policy.releases import Canary
+from server.access.caller import CallerOf
 from server.services import Services, ServicesOf
 
 router = APIRouter(prefix="/v1/training", tags=["training"])
@@ -19,9 +20,9 @@ RUNS_SHOWN = 10
 
 
 @router.get("")
-async def get_training(services: ServicesOf) -> dict[str, Any]:
+async def get_training(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """The trainer process, and for each policy its counts, its next trigger and its last runs."""
-    policies = {agent.spec.policy for agent in services.agents.values()}
+    policies = {agent.spec.policy for agent in services.agents_of(caller.tenant).values()}
     data = [await asyncio.to_thread(_policy, policy, services) for policy in sorted(policies)]
     return {"object": "training", "trainer": _trainer(services), "policies": data}
 

@@ -90,6 +90,14 @@ class Metrics:
             "hone_http_request_seconds", "To the end of the answer.", "route", "method"
         )
 
+        self._limit_fallbacks = self._counter(
+            "hone_limit_fallbacks", "Counts for limits that Redis missed."
+        )
+
+    def limit_fell_back(self) -> None:
+        """A process counted for a limit by itself."""
+        self._limit_fallbacks.inc()
+
     def know_tools(self, names: Collection[str]) -> None:
         """The tools that have a label value; a model may call anything."""
         self._tools = frozenset(names)

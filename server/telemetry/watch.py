@@ -83,9 +83,13 @@ class Record(Protocol):
 class WatchedLog:
     """A log that tells what it has recorded."""
 
-    def __init__(self, log: Record, watcher: Watcher) -> None:
+    def __init__(
+        self, log: Record, watcher: Watcher, spent: Callable[[int], None] = lambda tokens: None
+    ) -> None:
+        """`spent` is told how many tokens each turn took, in the task that recorded it."""
         self._log = log
         self._watcher = watcher
+        self._spent = spent
         self._running: dict[str, Episode] = {}
 
     async def begin(self, episode: Episode) -> None:
@@ -95,6 +99,7 @@ class WatchedLog:
 
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         await self._log.append_turn(episode_id, turn)
+        self._spent(len(turn.prompt_ids) + len(turn.token_ids))
         if (episode := self._running.get(episode_id)) is not None:
             self._watcher.recorded(episode, turn)
 

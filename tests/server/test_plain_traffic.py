@@ -120,7 +120,7 @@ def said(text: str) -> dict[str, str]:
 
 def call(*messages: Mapping[str, str], episode_id: str | None = None) -> ChatCall:
     adapter = AdapterRef("desk", 0)
-    return ChatCall("\0desk", adapter, False, messages, "task", episode_id=episode_id)
+    return ChatCall("default", "\0desk", adapter, False, messages, "task", episode_id=episode_id)
 
 
 def generation(text: str) -> Generation:
