@@ -210,7 +210,9 @@ def create_key(
         body["expires_at"] = time.time() + days * 86_400
     made = _client(config, url).post("/v1/keys", body)
     about = f"{made['id']} of tenant {made['tenant']}: {', '.join(made['scopes'])}"
-    Console(stderr=True).print(f"[bold]{escape(about)}[/]; keep it, it is not shown again:")
+    Console(stderr=True).print(
+        f"[bold]{escape(about)}[/]; keep it, it is not shown again:", soft_wrap=True
+    )
     print(made["key"])  # alone on stdout, for a pipe
 
 

@@ -19,6 +19,7 @@ import policy.releases
 from feedback import database
 from feedback.errors import RecordUnavailable
 from feedback.store import Store
+from policy.ownership import PolicyOwned, own, owners
 from tests.servers import Postgres
 
 
@@ -68,6 +69,37 @@ def test_migrations_go_back_down(empty_url: str) -> None:
         command.downgrade(config, "base")
     assert inspect(store.database).get_table_names() == ["alembic_version"]
     store.close()
+
+
+def test_policies_from_before_tenants_are_the_defaults_for_ever(empty_url: str) -> None:
+    """What they learned would otherwise become another's by a line in an agent's file."""
+    store = Store.open(empty_url)
+    config = Config()
+    config.set_main_option("script_location", str(database._MIGRATIONS))
+    with database.writing(store.database).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0002")
+    for id, name in (("e1", "desk"), ("e2", "desk"), ("e3", "base"), ("e4", "till")):
+        with store.database.begin() as connection:
+            values = {"id": id, "policy": name, "purpose": "live", "task_key": "t", "at": 1.0}
+            connection.execute(text(_EPISODE), values)
+            connection.execute(text(_ITEM), {"id": id, "policy": name})
+    store.close()
+    store = Store.open(empty_url)
+    assert owners(store.database) == {"desk": "default", "till": "default"}
+    with pytest.raises(PolicyOwned, match="'till' belongs to tenant 'default'"):
+        own(store.database, {"till": "acme"})
+    store.close()
+
+
+_EPISODE = """
+    INSERT INTO episode (id, tenant, policy, version, task_key, purpose, temperature, started_at,
+        n_turns, n_tokens, has_logprobs, context_length, context_digest, labels)
+    VALUES (:id, 'default', :policy, 1, :task_key, :purpose, 1.0, :at, 0, 0, true, 0, '', '{}')
+"""
+_ITEM = """
+    INSERT INTO training_item (episode_id, policy, version, state) VALUES (:id, :policy, 1, 'ready')
+"""
 
 
 def test_a_failed_migration_leaves_nothing_behind(
