@@ -34,7 +34,8 @@ class Limits:
     def __init__(self, settings: LimitSettings, counters: Counters) -> None:
         self._settings = settings
         self._counters = counters
-        self._running: Counter[tuple[str, str]] = Counter()
+        self._running: Counter[tuple[str, str, str]] = Counter()
+        """Generating requests by key and by tenant; none is not there."""
         self._spent: asyncio.Queue[tuple[Caller, int]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._rules = lru_cache(maxsize=4096)(self._rules_of)
@@ -68,13 +69,13 @@ class Limits:
     @contextmanager
     def running(self, caller: Caller) -> Iterator[None]:
         """Count one generating request while it lasts. Raises TooManyRequests."""
-        held = [
-            (kind, of)
-            for kind, of, quota in self._quotas(caller.tenant, caller.key_id)
-            if quota.concurrent is not None and caller.is_limited
-        ]
+        held = []
         for kind, of, quota in self._quotas(caller.tenant, caller.key_id):
-            if (kind, of) in held and self._running[kind, of] >= (quota.concurrent or 0):
+            if quota.concurrent is None or not caller.is_limited:
+                continue
+            # Keys and tenants are counted apart even if they have one name.
+            held.append((kind, caller.tenant, of))
+            if self._running[held[-1]] >= quota.concurrent:
                 raise TooManyRequests(
                     f"{kind} {of!r} has {quota.concurrent} requests running, which is its limit; "
                     "wait for one to end",
@@ -85,10 +86,7 @@ class Limits:
         try:
             yield
         finally:
-            self._running.subtract(held)
-            for one in held:
-                if not self._running[one]:
-                    del self._running[one]
+            self._running -= Counter(held)
 
     def note_tokens(self, tokens: int) -> None:
         """Have tokens counted that were used for the caller of this task. Quick, raises nothing."""
@@ -113,7 +111,6 @@ class Limits:
     def _rules_of(self, tenant: str, key_id: str) -> tuple[Rule, ...]:
         rules: list[Rule] = []
         for kind, of, quota in self._quotas(tenant, key_id):
-            # Keys of all tenants, and tenants, are counted apart even if they have one name.
             who = f"{kind}/{tenant}/{of}"
             if quota.requests_per_minute is not None:
                 per_minute = RateLimitItemPerMinute(quota.requests_per_minute, namespace="requests")

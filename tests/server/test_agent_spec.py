@@ -95,6 +95,8 @@ def test_the_policy_may_have_a_name_of_its_own() -> None:
         ("name: desk\ntools: [{mcp: http://x, env: {a: b}}]", "env and cwd are a command's"),
         ("name: desk\ntools: [{python: nope}]", "tools.0.python.python: String should match"),
         ("name: desk\ntools: [{openapi: a, timeout: 3}]", "tools.0.openapi.timeout: unknown key"),
+        ("name: desk\ntenant: Shop", "tenant: String should match"),
+        ("name: desk\ntenants: [shop]", "tenants: unknown key"),
         ("name: desk\nreward: {metric: {}}", "reward.metric: unknown key"),
         ("name: [", "cannot be read as YAML"),
         ("- name", "is a list; expected keys"),
@@ -130,6 +132,9 @@ def test_two_files_must_not_contradict_each_other(tmp_path: Path) -> None:
     assert list(load_agents(tmp_path)) == ["one", "two"]
     write(tmp_path, "name: two\npolicy: one\ntraining: {epochs: 2}", "2.yml")
     with pytest.raises(AgentFileError, match=r"2\.yml: policy: 'one' is also the policy of .*1\."):
+        load_agents(tmp_path)
+    write(tmp_path, "name: two\npolicy: one\ntenant: acme", "2.yml")
+    with pytest.raises(AgentFileError, match=r"2\.yml: tenant: policy 'one' .* 'default'"):
         load_agents(tmp_path)
     write(tmp_path, "name: one", "2.yml")
     with pytest.raises(AgentFileError, match=r"2\.yml: name: 'one' is already the name in .*1\."):

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import event
 from typer.testing import CliRunner
 
+from feedback.errors import RecordUnavailable
 from feedback.keys import ApiKeys
 from server import cli
 from server.access.caller import KeyScope
@@ -157,6 +158,26 @@ def test_requests_read_no_key_from_the_database(locked: House) -> None:
         event.remove(database, "before_cursor_execute", note)
     windows = (time.monotonic() - began) / CACHED_SECONDS
     assert 1 <= len(reads) <= windows + 2
+
+
+def test_while_the_database_is_away_known_keys_last_for_a_while(
+    locked: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody can say whether they were revoked; the key of the settings goes on."""
+
+    def away(*_: object) -> None:
+        raise RecordUnavailable("the database does not answer")
+
+    key = make_key(locked, scopes=["inference"])["key"]
+    with client_of(locked, key) as client, client_of(locked, OPERATOR) as operator:
+        assert client.get("/v1/models").status_code == 200
+        monkeypatch.setattr(ApiKeys, "usable", away)
+        locked.until(lambda: client.get("/v1/models").status_code != 200)
+        answer = client.get("/v1/models")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "record_unavailable")
+        assert operator.get("/v1/models").status_code == 200
+        monkeypatch.undo()
+        assert client.get("/v1/models").status_code == 200
 
 
 def test_no_secret_is_kept_and_the_last_use_is(tmp_path: Path) -> None:
