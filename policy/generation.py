@@ -26,7 +26,7 @@ class Generation:
 
     request_id: str
     """The engine's id: `chatcmpl-` or `cmpl-` before the client's X-Request-Id or a random id;
-    for completions `-` and the prompt's number after it."""
+    for completions `-` and the prompt's number after it. For responses theirs, and `_0`."""
     index: int
     """Which of the `n` choices."""
     prompt_ids: tuple[int, ...]

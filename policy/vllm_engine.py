@@ -52,6 +52,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models import api_router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses import api_router as responses_router
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
@@ -617,7 +619,7 @@ def attach_openai_routes(
     served: Callable[[], Iterable[str]] = tuple,
     tool_parser: str | None = "hermes",
 ) -> None:
-    """Mount /v1/chat/completions, /v1/completions and /v1/models on `app`.
+    """Mount /v1/chat/completions, /v1/completions, /v1/responses and /v1/models on `app`.
 
     `model` may be `base_name`, `policy@v0` or a loaded `policy@vN`; other names (a policy's live
     version, an agent) are rewritten in the JSON body before they get here. `served` gives further
@@ -631,6 +633,7 @@ def attach_openai_routes(
     for path, method in (
         ("/v1/chat/completions", "POST"),
         ("/v1/completions", "POST"),
+        ("/v1/responses", "POST"),
         ("/v1/models", "GET"),
     ):
         app.router.routes.append(Route(path, inner, methods=[method], name=f"openai:{path}"))
@@ -670,7 +673,16 @@ def _openai_app(
     app.state.openai_serving_completion = OpenAIServingCompletion(
         client, models, online_renderer=renderer, request_logger=None
     )
-    for router in (chat_router, completion_router, models_router):
+    app.state.openai_serving_responses = OpenAIServingResponses(
+        client,
+        models,
+        renderer,
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        **tools,
+    )
+    for router in (chat_router, completion_router, responses_router, models_router):
         router.attach_router(app)
     init_exception_handler(app)
     # More specific than vLLM's own, which stops a uvicorn server that it believes to own.

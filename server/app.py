@@ -37,14 +37,17 @@ from server.access.gate import Access, Gate
 from server.access.keys import KeyRing
 from server.access.limits import Limits
 from server.agent_chat import agent_chat
+from server.agent_responses import agent_response
 from server.agents.run import Agent
 from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
 from server.errors import install_error_handlers
 from server.middleware import BoundedBody, RequestIds
-from server.plain_http import PATHS, PlainEpisodes, PlainServices, SampledReply, collect
+from server.plain_http import PATHS, PlainEpisodes, PlainServices, collect
+from server.plain_responses import AskedResponse
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
+from server.response_store import ResponseStore
 from server.retention import Retention
 from server.routes import (
     agents,
@@ -55,10 +58,12 @@ from server.routes import (
     metrics,
     models,
     policies,
+    responses,
     training,
     webhooks,
 )
 from server.routing import Routing
+from server.sampled_reply import SampledReply
 from server.services import Services, services_of
 from server.settings import Settings
 from server.supervisor import Supervisor
@@ -125,7 +130,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
     for module in (
-        *(health, models, agents, feedback, webhooks),
+        *(health, models, responses, agents, feedback, webhooks),
         *(episodes, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
@@ -252,6 +257,7 @@ async def _start(
         decider=decider,
         routing=routing,
         plain=plain,
+        responses=ResponseStore(settings.http.max_kept_responses_mb * 2**20),
         agents=served,
         webhooks=webhooks,
         trainer=trainer,
@@ -330,4 +336,15 @@ def _plain_services(app: FastAPI) -> PlainServices:
     async def chat(body: Mapping[str, Any], headers: Mapping[str, str], tenant: str) -> Response:
         return await agent_chat(body, headers, services, tenant)
 
-    return PlainServices(services.plain, services.routing, services.controller, tenant_of, chat)
+    async def response(asked: AskedResponse, headers: Mapping[str, str], tenant: str) -> Response:
+        return await agent_response(asked, headers, services, tenant)
+
+    return PlainServices(
+        traffic=services.plain,
+        routing=services.routing,
+        controller=services.controller,
+        tenant_of=tenant_of,
+        agent_chat=chat,
+        agent_response=response,
+        responses=services.responses,
+    )

@@ -1,7 +1,8 @@
 """The border between plain OpenAI requests and their episodes: plain ASGI around vLLM's routes.
 
 It reads the model's name and the episode's from the request, has the engine answer under the
-episode's adapter, and puts the episode's id in a header. Bodies pass through unread otherwise.
+episode's adapter, and puts the episode's id in a header and in the answer's metadata. Each of `n`
+choices is an episode. What is particular to `/v1/responses` is `server.plain_responses`'.
 """
 
 from __future__ import annotations
@@ -9,43 +10,65 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from feedback.types import Purpose
-from policy.chat import ParsedTurn
 from policy.generation import Generation, generation_owner
 from server.access.caller import Caller
 from server.engine_errors import in_our_shape
-from server.errors import FORESEEN, BadRequest, Conflict, as_api_error, error_response
+from server.errors import FORESEEN, Conflict, as_api_error, error_response
 from server.middleware import replayed
-from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, foreign, task_key_of
+from server.plain_metadata import with_metadata
+from server.plain_request import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    RESPONSES_PATH,
+    PlainRequest,
+    parsed,
+    read_request,
+)
+from server.plain_responses import AskedResponse, ResponseAnswer, ask
+from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic, foreign
 from server.release_controller import ReleaseController
+from server.response_store import ResponseStore
 from server.routing import AGENT_PREFIX, Routing
 from server.telemetry.logs import log_also
-from server.wire import EPISODE_HEADER, EPISODE_ID_PATTERN, MAX_METADATA
+from server.wire import EPISODE_HEADER
 
 logger = logging.getLogger("hone.episodes")
 
-CHAT_PATH = "/v1/chat/completions"
-PATHS = frozenset({CHAT_PATH, "/v1/completions"})
+PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH})
 END = "x-hone-end"
 ADAPTER = "x-hone-adapter"
-_OURS = ("episode_id", "task_key", "purpose")
 
 
 @dataclass(slots=True)
 class RunningCall:
     """A request in flight, the owner of what the engine generates for it."""
 
-    episode: OpenEpisode
+    episodes: list[OpenEpisode]
+    """One for each choice; the first is the one that the request joined."""
     call: ChatCall
+    n: int
+    """Choices of each prompt; only completions have several prompts."""
     generations: list[Generation] = field(default_factory=list)
+
+    def episode_of(self, generation: Generation) -> OpenEpisode:
+        prompt = 0
+        if len(self.episodes) > self.n:
+            prompt = int(generation.request_id.rpartition("-")[2])
+        return self.episodes[prompt * self.n + generation.index]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the answer's metadata says of episodes."""
+        ids = [episode.id for episode in self.episodes]
+        told = {"episode_id": ids[0]}
+        return told if len(ids) == 1 else {**told, "episode_ids": ",".join(ids)}
 
 
 def collect(generation: Generation) -> None:
@@ -65,6 +88,9 @@ class PlainServices:
     """Whose episode the log has under this id; None if it has none."""
     agent_chat: Callable[[Mapping[str, Any], Mapping[str, str], str], Awaitable[ASGIApp]]
     """Answers a tenant's chat request, given with its headers, whose model is an agent."""
+    agent_response: Callable[[AskedResponse, Mapping[str, str], str], Awaitable[ASGIApp]]
+    """The same for a request of the Responses API."""
+    responses: ResponseStore
 
 
 class PlainEpisodes:
@@ -82,7 +108,7 @@ class PlainEpisodes:
         message = await receive()
         raw = message.get("body", b"")  # whole: BoundedBody has read it
         try:
-            await self._serve(_parsed(raw), scope, receive, send)
+            await self._serve(parsed(raw), scope, receive, send)
         except FORESEEN as error:
             await error_response(as_api_error(error))(scope, receive, send)
 
@@ -92,34 +118,79 @@ class PlainEpisodes:
         services = self._services()
         headers = Headers(scope=scope)
         caller: Caller = scope["state"]["caller"]
-        if body["model"].startswith(AGENT_PREFIX) and scope["path"] == CHAT_PATH:
-            caller.check("runs")
-            answer = await services.agent_chat(body, headers, caller.tenant)
+        asked = None
+        if scope["path"] == RESPONSES_PATH:
+            asked = ask(body, services.responses, caller.tenant)
+            body = asked.body
+        if (answer := await _agents_answer(body, asked, headers, scope, services)) is not None:
             await answer(scope, receive, send)
             return
         caller.check("inference")
-        call = _chat_call(body, headers, scope["path"], services.routing, caller)
-        await _check_not_over(call, services)
-        episode = services.traffic.join(call)
-        log_also(episode_id=episode.id)
-        running = RunningCall(episode, call)
+        request = read_request(
+            body, headers, scope["path"], services.routing, caller=caller, asked=asked
+        )
+        await _check_not_over(request.calls[0], services)
+        running = _joined(request, services.traffic)
+        log_also(episode_id=running.episodes[0].id)
         try:
-            with await services.controller.hold(episode.adapter):
-                body["model"] = services.routing.engine_name(episode.adapter)
+            adapter = running.episodes[0].adapter
+            with await services.controller.hold(adapter):
+                body["model"] = services.routing.engine_name(adapter)
                 rewritten = json.dumps(body).encode()
-                token = generation_owner.set(running)
+                scope = _with_length(scope, len(rewritten))
+                receive = replayed(rewritten, receive)
+                if asked is None:
+                    send = with_metadata(send, {**request.metadata, **running.metadata})
+                    await self._generate(running, scope, receive, send)
+                    return
+                response = ResponseAnswer(asked, running.metadata, services.responses, send)
                 try:
-                    await self._app(
-                        _with_length(scope, len(rewritten)),
-                        replayed(rewritten, receive),
-                        _recorded(in_our_shape(send), running, services.traffic),
-                    )
-                finally:
-                    generation_owner.reset(token)
+                    await self._generate(running, scope, receive, response.send)
+                except Exception as error:
+                    # Starlette wraps what a handler would have answered, had nothing been sent.
+                    cause = error.__cause__ if isinstance(error.__cause__, FORESEEN) else error
+                    if not await response.fail(as_api_error(cause)):
+                        raise
+                    logger.exception("response %s was cut off", asked.id)
         finally:
             # A client that hangs up cancels this task; its turn is recorded all the same.
-            ends = headers.get(END, "").lower() == "true" or _is_single(call, scope["path"])
+            ends = headers.get(END, "").lower() == "true" or _is_single(running.call, scope["path"])
             await asyncio.shield(_finished(running, services.traffic, ends=ends))
+
+    async def _generate(
+        self, running: RunningCall, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Let the engine's route answer, with its turns recorded."""
+        traffic = self._services().traffic
+        token = generation_owner.set(running)
+        try:
+            await self._app(scope, receive, _recorded(in_our_shape(send), running, traffic))
+        finally:
+            generation_owner.reset(token)
+
+
+async def _agents_answer(
+    body: Mapping[str, Any],
+    asked: AskedResponse | None,
+    headers: Headers,
+    scope: Scope,
+    services: PlainServices,
+) -> ASGIApp | None:
+    """None if the model is no agent, or raw completions are wanted, which agents don't give."""
+    if not body["model"].startswith(AGENT_PREFIX) or scope["path"] == COMPLETIONS_PATH:
+        return None
+    caller: Caller = scope["state"]["caller"]
+    caller.check("runs")
+    if asked is not None:
+        return await services.agent_response(asked, headers, caller.tenant)
+    return await services.agent_chat(body, headers, caller.tenant)
+
+
+def _joined(asked: PlainRequest, traffic: PlainTraffic) -> RunningCall:
+    """The request under way, in an episode for each choice that it asks for."""
+    first = traffic.join(asked.calls[0])
+    others = [traffic.beside(first, call) for call in asked.calls[1:]]
+    return RunningCall([first, *others], asked.calls[0], asked.n)
 
 
 async def _check_not_over(call: ChatCall, services: PlainServices) -> None:
@@ -139,9 +210,10 @@ async def _check_not_over(call: ChatCall, services: PlainServices) -> None:
 
 async def _finished(running: RunningCall, traffic: PlainTraffic, *, ends: bool) -> None:
     await _record(running, traffic)
-    traffic.leave(running.episode)
+    for episode in running.episodes:
+        traffic.leave(episode)
     if ends:
-        await traffic.end(running.episode, "finished")
+        await asyncio.gather(*(traffic.end(episode, "finished") for episode in running.episodes))
 
 
 def _recorded(send: Send, running: RunningCall, traffic: PlainTraffic) -> Send:
@@ -150,8 +222,8 @@ def _recorded(send: Send, running: RunningCall, traffic: PlainTraffic) -> Send:
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:
             answer = MutableHeaders(scope=message)
-            answer[EPISODE_HEADER] = running.episode.id
-            answer[ADAPTER] = str(running.episode.adapter)
+            answer[EPISODE_HEADER] = running.episodes[0].id
+            answer[ADAPTER] = str(running.episodes[0].adapter)
         if message["type"] == "http.response.body":
             # In a stream this is before "[DONE]", after which clients read no more.
             await _record(running, traffic)
@@ -163,128 +235,19 @@ def _recorded(send: Send, running: RunningCall, traffic: PlainTraffic) -> Send:
 async def _record(running: RunningCall, traffic: PlainTraffic) -> None:
     while running.generations:
         generation = running.generations.pop(0)
+        episode = running.episode_of(generation)
         try:
-            await traffic.record(running.episode, running.call, generation)
+            await traffic.record(episode, running.call, generation)
         except Exception:
             # A full disk, say: the answer is worth more to the client than our record of it.
-            logger.exception("a turn of episode %s is not recorded", running.episode.id)
-
-
-def _chat_call(
-    body: Mapping[str, Any], headers: Headers, path: str, routing: Routing, caller: Caller
-) -> ChatCall:
-    model = body["model"]
-    metadata = _metadata(body)
-    purpose = _purpose(metadata.get("purpose", "live"))
-    episode_id = headers.get(EPISODE_HEADER) or metadata.get("episode_id")
-    if episode_id is not None and not re.fullmatch(EPISODE_ID_PATTERN, episode_id):
-        raise BadRequest(
-            f"episode id is {episode_id[:140]!r}; expected 1 to 128 letters, digits or . _ : -",
-            code="invalid_value",
-            param="metadata.episode_id",
-        )
-    messages = body.get("messages") if path == CHAT_PATH else None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        messages = ()
-    opening = messages or [{"prompt": body.get("prompt")}]
-    task_key = metadata.get("task_key") or task_key_of(opening)
-    route = routing.resolve(model, task_key, purpose, tenant=caller.tenant)
-    user = body.get("user")
-    return ChatCall(
-        tenant=caller.tenant,
-        caller=f"{user if isinstance(user, str) else ''}\0{caller.key_id}\0{model}",
-        adapter=route.adapter,
-        is_pinned=route.is_pinned,
-        messages=messages,
-        episode_id=episode_id,
-        task_key=task_key,
-        purpose=purpose,
-        metadata={key: value for key, value in metadata.items() if key not in _OURS},
-    )
-
-
-def _metadata(body: Mapping[str, Any]) -> dict[str, str]:
-    given = body.get("metadata")
-    if given is None:
-        return {}
-    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-        raise BadRequest(
-            "metadata must be an object of strings", code="invalid_value", param="metadata"
-        )
-    if len(json.dumps(given)) > MAX_METADATA or not _is_unicode(given):
-        raise BadRequest(
-            f"metadata must be valid Unicode of at most {MAX_METADATA} bytes",
-            code="invalid_value",
-            param="metadata",
-        )
-    return given
-
-
-def _purpose(text: str) -> Purpose:
-    for purpose in get_args(Purpose):
-        if text == purpose:
-            known: Purpose = purpose
-            return known
-    raise BadRequest(
-        f"purpose is {text[:40]!r}; expected one of {', '.join(get_args(Purpose))}",
-        code="invalid_value",
-        param="metadata.purpose",
-    )
-
-
-def _is_unicode(metadata: Mapping[str, str]) -> bool:
-    try:
-        "".join((*metadata.keys(), *metadata.values())).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            logger.exception("a turn of episode %s is not recorded", episode.id)
 
 
 def _is_single(call: ChatCall, path: str) -> bool:
     """Raw completions have no conversation to extend: unnamed, each is an episode of its own."""
-    return path == "/v1/completions" and call.episode_id is None
-
-
-def _parsed(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(body, dict) or not isinstance(body.get("model"), str):
-        raise BadRequest(
-            "the body must be an object with a string 'model'; GET /v1/models lists the names",
-            code="invalid_value",
-            param="model",
-        )
-    return body
+    return path == COMPLETIONS_PATH and call.episode_id is None
 
 
 def _with_length(scope: Scope, length: int) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
-
-
-class SampledReply:
-    """Whether an assistant message is what was sampled, by the policy's own parser."""
-
-    def __init__(self, parse: Callable[[str], ParsedTurn]) -> None:
-        self._parse = parse
-
-    def __call__(self, text: str, message: Mapping[str, Any]) -> bool:
-        if message.get("role") != "assistant":
-            return False
-        sampled = self._parse(text)
-        if (message.get("content") or "") not in (sampled.content, sampled.content.strip(), text):
-            return False
-        calls = [_said(call) for call in message.get("tool_calls") or ()]
-        return calls == [(call.name, call.arguments) for call in sampled.calls]
-
-
-def _said(call: object) -> tuple[object, object]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return (None, None)
-    try:
-        return (function.get("name"), json.loads(function.get("arguments", "")))
-    except (TypeError, ValueError):
-        return (function.get("name"), None)

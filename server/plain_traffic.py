@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Recorder(Protocol):
 
 
 class ReplyReader(Protocol):
-    """Says whether an assistant message is what was sampled; `server.plain_http` has one."""
+    """Says whether an assistant message is what was sampled; `server.sampled_reply` has one."""
 
     def __call__(self, text: str, message: Mapping[str, Any]) -> bool: ...
 
@@ -62,6 +62,8 @@ class ChatCall:
     messages: Sequence[Mapping[str, Any]]
     task_key: str
     episode_id: str | None = None
+    follows: str | None = None
+    """The only episode whose conversation it may extend, if it does; None: any."""
     purpose: Purpose = "live"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -141,6 +143,13 @@ class PlainTraffic:
         episode.active += 1
         self._open[episode.id] = self._open.pop(episode.id, episode)  # youngest last
         return episode
+
+    def beside(self, episode: OpenEpisode, call: ChatCall) -> OpenEpisode:
+        """An episode for another choice of the call that joined `episode`, marked as active."""
+        other = self._opened(replace(call, episode_id=None, adapter=episode.adapter))
+        other.active = 1
+        self._open[other.id] = other
+        return other
 
     def leave(self, episode: OpenEpisode) -> None:
         """The call is over; an episode of which nothing can be on record is forgotten."""
@@ -245,6 +254,7 @@ class PlainTraffic:
             if (
                 episode.tenant == call.tenant
                 and episode.caller == call.caller
+                and call.follows in (None, episode.id)
                 and not episode.active
                 and episode.ended_as is None
                 and 0 < known < len(call.digests)

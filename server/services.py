@@ -24,6 +24,7 @@ from server.canary import CanaryDecider
 from server.errors import Unavailable
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
+from server.response_store import ResponseStore
 from server.routing import Routing
 from server.settings import Settings
 from server.supervisor import Supervisor
@@ -49,6 +50,7 @@ class Services:
     decider: CanaryDecider
     routing: Routing
     plain: PlainTraffic
+    responses: ResponseStore
     agents: Mapping[str, Agent]
     webhooks: Mapping[str, WebhookSource]
     trainer: Supervisor | None

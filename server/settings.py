@@ -45,6 +45,9 @@ class HttpSettings(BaseModel):
     episode_idle_seconds: float = Field(
         600, gt=0, description="A plain chat's episode ends after this long without a request."
     )
+    max_kept_responses_mb: int = Field(
+        64, ge=1, description="Memory for responses that `previous_response_id` may name, MiB."
+    )
     drain_seconds: int = Field(5, ge=0, description="How long running requests may finish at stop.")
 
     @property

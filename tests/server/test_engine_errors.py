@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
-from policy.engine import Engine
+from policy.engine import Engine, EngineDead
 from policy.generation import OnGeneration
 from tests.server.house import House, running, scripted_parts, settings_in, write_agent
 
@@ -77,3 +77,35 @@ def test_the_stream_goes_on_to_its_end_mark(house: House) -> None:
     *_, error, done, rest = answer.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert json.loads(error.removeprefix("data: "))["error"]["message"] == DEAD["message"]
+
+
+CREATED = {
+    "type": "response.created", "sequence_number": 0,
+    "response": {"id": "resp_1", "object": "response", "status": "in_progress", "output": []},
+}  # fmt: skip
+
+
+def broken_responses(
+    app: FastAPI, engine: Engine, base_name: str, on_generation: OnGeneration
+) -> None:
+    """vLLM's responses route when its engine dies after the first event: nothing catches it."""
+
+    @app.post("/v1/responses")
+    async def respond(body: dict[str, Any]) -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            yield f"event: response.created\ndata: {json.dumps(CREATED)}\n\n"
+            raise EngineDead("the engine is gone")
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def test_a_stream_of_responses_ends_with_an_event(tmp_path: Path) -> None:
+    write_agent(tmp_path)
+    parts = scripted_parts(tmp_path, openai_routes=broken_responses)
+    with running(settings_in(tmp_path), parts) as house:
+        client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0)
+        created, failed = client.responses.create(model="desk", input="hi", stream=True)
+    assert created.type == "response.created"
+    assert failed.type == "error"
+    assert (failed.code, failed.sequence_number) == ("engine_unavailable", 1)
+    assert "engine is gone" in failed.message
