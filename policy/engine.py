@@ -19,7 +19,8 @@ class EngineError(Exception):
     ├── AdapterNotLoaded   no such version is loaded
     ├── AdapterRefused     a version failed validation or its probe, and is not loaded
     ├── PromptTooLong      prompt and max_tokens do not fit the context window
-    └── EngineDead         the engine is gone; the process must be restarted
+    ├── EngineDead         the engine is gone; the process must be restarted
+    └── EngineUnreachable  a remote engine does not answer now; it may again
     """
 
 
@@ -36,6 +37,10 @@ class PromptTooLong(EngineError):
 
 
 class EngineDead(EngineError):
+    pass
+
+
+class EngineUnreachable(EngineError):
     pass
 
 
@@ -57,7 +62,8 @@ class Engine(Protocol):
     ) -> AsyncIterator[Delta]:
         """Sample one completion. Closing the iterator early aborts the request in the engine.
 
-        Raises AdapterNotLoaded, PromptTooLong or EngineDead at the first `__anext__`.
+        Raises AdapterNotLoaded, PromptTooLong, EngineDead or EngineUnreachable at the first
+        `__anext__`.
         """
         ...
 

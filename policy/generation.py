@@ -93,8 +93,13 @@ class GenerationRecorder:
         if not self._prompt_ids:
             self._prompt_ids = tuple(prompt_ids)
 
-    def report(self, on_generation: OnGeneration) -> None:
-        """Hand over every choice; one that has not ended was aborted."""
+    def report(
+        self, on_generation: OnGeneration, decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        """Hand over every choice; one that has not ended was aborted.
+
+        `decode` makes texts of sampled ids where the pieces had none.
+        """
         seconds = time.monotonic() - self._started
         for index, choice in enumerate(self._choices):
             on_generation(
@@ -104,7 +109,7 @@ class GenerationRecorder:
                     prompt_ids=self._prompt_ids,
                     token_ids=tuple(choice.token_ids),
                     logprobs=tuple(choice.logprobs),
-                    text="".join(choice.text),
+                    text=decode(choice.token_ids) if decode else "".join(choice.text),
                     stop_reason=choice.stop_reason or "abort",
                     adapter=self._adapter,
                     sampling=self._sampling,

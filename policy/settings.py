@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class ModelSettings(BaseModel):
@@ -24,10 +25,15 @@ class ModelSettings(BaseModel):
 
 
 class EngineSettings(BaseModel):
-    """How vLLM runs."""
+    """How vLLM runs: in this process, or where a remote server of it is."""
 
     model_config = ConfigDict(extra="forbid")
 
+    kind: Literal["vllm", "remote"] = Field(
+        "vllm", description="'vllm' in this process, or 'remote': a vLLM server at engine.url."
+    )
+    url: str | None = Field(None, description="Of the remote vLLM server, such as http://gpu:8000.")
+    key: SecretStr | None = Field(None, description="The remote's key; set HONE_ENGINE__KEY.")
     max_model_len: int = Field(1024, ge=16, description="Context window, tokens.")
     max_num_seqs: int = Field(64, ge=1, description="Requests that are generated at once.")
     max_loras: int = Field(6, ge=2, description="Adapter versions that are resident at once.")
@@ -38,3 +44,12 @@ class EngineSettings(BaseModel):
     probe_tolerance: float = Field(
         0.05, gt=0, description="Largest |engine - trainer| of a probe, nats; bfloat16 needs more."
     )
+
+    @model_validator(mode="after")
+    def _a_remote_is_somewhere(self) -> EngineSettings:
+        if (self.kind == "remote") != (self.url is not None):
+            raise ValueError(
+                f"engine.kind is {self.kind!r} and engine.url is {self.url!r}; a remote engine "
+                "needs a url, and no other has one"
+            )
+        return self

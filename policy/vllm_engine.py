@@ -629,7 +629,7 @@ def attach_openai_routes(
     """
     engine.client.on_generation = on_generation
     engine.client.base_ref = AdapterRef(base_name, 0)
-    inner = _openai_app(engine, base_name, served, tool_parser)
+    inner = openai_app(engine.client, ServedModels(engine, base_name, served), tool_parser)
     for path, method in (
         ("/v1/chat/completions", "POST"),
         ("/v1/completions", "POST"),
@@ -639,15 +639,8 @@ def attach_openai_routes(
         app.router.routes.append(Route(path, inner, methods=[method], name=f"openai:{path}"))
 
 
-def _openai_app(
-    engine: VllmEngine,
-    base_name: str,
-    served: Callable[[], Iterable[str]],
-    tool_parser: str | None,
-) -> FastAPI:
+def openai_app(client: AsyncLLM, models: OpenAIServingModels, tool_parser: str | None) -> FastAPI:
     """vLLM's routers in an app of their own, so that their state and handlers stay out of ours."""
-    client = engine.client
-    models = ServedModels(engine, base_name, served)
     tools = {"enable_auto_tools": tool_parser is not None, "tool_parser": tool_parser}
     renderer = OnlineRenderer(
         client.model_config,

@@ -116,6 +116,31 @@ def vllm_parts() -> Parts:
     return Parts(engine=engine, openai_routes=routes)
 
 
+def remote_parts() -> Parts:
+    """A vLLM server elsewhere. Imports no vllm."""
+    from policy import remote_engine, remote_routes  # noqa: PLC0415 - only who uses it pays for it
+
+    def engine(base: BaseModel, settings: Settings) -> Engine:
+        return remote_engine.open_remote_engine(settings.engine)
+
+    def routes(app: FastAPI, engine: Engine, base_name: str, on_generation: OnGeneration) -> None:
+        if not isinstance(engine, remote_engine.RemoteVllm):
+            raise TypeError(f"engine is a {type(engine).__name__}; these routes are a remote's")
+
+        def text(token_ids: Sequence[int]) -> str:
+            return services_of(app).chat.text(token_ids)  # they are up once a request comes
+
+        remote_routes.attach_remote_routes(
+            app,
+            engine,
+            base_name=base_name,
+            on_generation=on_generation,
+            decode=text,
+        )
+
+    return Parts(engine=engine, openai_routes=routes)
+
+
 def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     """The server as an ASGI app; its lifespan starts and stops everything else."""
     counted = Metrics() if settings.telemetry.metrics else None
@@ -123,7 +148,8 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.services = await _start(app, settings, parts or vllm_parts(), counted, stack)
+            chosen = parts or (remote_parts() if settings.engine.kind == "remote" else vllm_parts())
+            app.state.services = await _start(app, settings, chosen, counted, stack)
             yield
             app.state.services = None
 

@@ -17,7 +17,7 @@ from typing import ParamSpec, Protocol
 
 from feedback.errors import RecordUnavailable
 from feedback.wakeup import Wakeup, pause_of
-from policy.engine import AdapterRefused, Engine, EngineDead
+from policy.engine import AdapterRefused, Engine, EngineDead, EngineUnreachable
 from policy.leases import Leases
 from policy.registry import AdapterCorrupt, AdapterUnreadable, Registry, RegistryError
 from policy.releases import (
@@ -179,7 +179,7 @@ class ReleaseController:
             try:
                 await self.reconcile()
                 self._is_blind = False
-            except RecordUnavailable as error:
+            except (RecordUnavailable, EngineUnreachable) as error:
                 if not self._is_blind:
                     logger.warning("the release events cannot be followed for now: %s", error)
                 self._is_blind = True

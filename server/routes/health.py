@@ -26,7 +26,10 @@ async def readyz(request: Request) -> dict[str, str]:
     """The engine and the database answer."""
     services = get_services(request)
     if not await services.engine.healthy():
-        raise Unavailable("the engine is gone; restart the server", code="engine_unavailable")
+        raise Unavailable(
+            "the engine is gone; restart the server, or the remote engine",
+            code="engine_unavailable",
+        )
     try:
         await asyncio.to_thread(services.releases.policies)
     except Exception as error:

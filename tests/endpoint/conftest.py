@@ -1,10 +1,10 @@
-"""A whole server on the pocket policy, shared by the tests of this folder: `desk@v2` is live, and
-what its engine said to each request is kept beside the record."""
+"""Whole servers on the pocket policy, shared by the tests of this folder: `desk@v2` is live, and
+what the engine said to each request is kept beside the record."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +14,14 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-import uvicorn
 
 from policy.base_model import resolve_base_model
+from policy.engine import Engine
+from policy.remote_engine import open_remote_engine
 from policy.settings import EngineSettings, ModelSettings
-from server.app import create_app, vllm_parts
+from server.app import Parts, create_app, remote_parts, vllm_parts
 from server.services import Services
+from tests.policy.remote_vllm import remote_app, served
 from tests.server.house import settings_in, write_agent
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Said:
 class Site:
     """The running server, clients of it, and what its engine said since the test began."""
 
-    engine: VllmEngine
+    engine: Engine
     services: Services
     client: openai.AsyncOpenAI
     http: httpx.AsyncClient
@@ -53,46 +55,18 @@ class Site:
         return found
 
 
-@pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def running_site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+@pytest.fixture(scope="package")
+def engine() -> Iterator[VllmEngine]:
     from policy.vllm_engine import create_vllm_engine
 
-    folder = tmp_path_factory.mktemp("site")
-    write_agent(folder)
-    base = resolve_base_model("pocket")
-    limits = EngineSettings(max_num_seqs=16, max_loras=3, kv_cache_mb=64)
-    engine = create_vllm_engine(base.path, ModelSettings(), limits)
-    parts = replace(vllm_parts(), engine=lambda *_: engine)
-    app = create_app(settings_in(folder), parts)
-    said = _overheard(engine)
-    async with app.router.lifespan_context(app), _served(app) as url:
-        services: Services = app.state.services
-        for _ in range(2):
-            await _release(services, base.path, folder / "draft")
-        async with (
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-            httpx.AsyncClient(base_url=url, timeout=20) as http,
-        ):
-            yield Site(engine, services, client, http, said)
+    limits = EngineSettings(max_num_seqs=16, max_loras=6, kv_cache_mb=64)
+    engine = create_vllm_engine(resolve_base_model("pocket").path, ModelSettings(), limits)
+    yield engine
+    engine.shutdown()
 
 
-@pytest.fixture
-def site(running_site: Site) -> Site:
-    running_site.said.clear()
-    return running_site
-
-
-@asynccontextmanager
-async def _served(app: Any) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    await _until(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    await serving
-
-
-def _overheard(engine: VllmEngine) -> list[Said]:
+@pytest.fixture(scope="package")
+def said(engine: VllmEngine) -> list[Said]:
     """Listens below everything of ours that reads the engine's output: at vLLM's own client."""
     said: list[Said] = []
     client: Any = engine.client
@@ -117,12 +91,65 @@ def _overheard(engine: VllmEngine) -> list[Said]:
     return said
 
 
-async def _release(services: Services, base: Path, draft: Path) -> None:
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def local_site(
+    engine: VllmEngine, said: list[Said], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    """The server around the engine itself."""
+    parts = replace(vllm_parts(), engine=lambda *_: engine)
+    async with _site(parts, tmp_path_factory.mktemp("local"), said) as site:
+        yield site
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def remote_site(
+    engine: VllmEngine, said: list[Said], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    """A server of its own, to which the engine is remote, behind vLLM's own HTTP API."""
+    async with served(remote_app(engine, "the-pocket-model")) as url:
+        settings = EngineSettings(kind="remote", url=url)
+        remote = await asyncio.to_thread(open_remote_engine, settings)
+        parts = replace(remote_parts(), engine=lambda *_: remote)
+        async with _site(parts, tmp_path_factory.mktemp("remote"), said) as site:
+            yield site
+
+
+@pytest.fixture
+def site(local_site: Site) -> Site:
+    local_site.said.clear()
+    return local_site
+
+
+@pytest.fixture(params=["local", "remote"])
+def each_site(request: pytest.FixtureRequest) -> Site:
+    """Both, one after the other."""
+    site: Site = request.getfixturevalue(f"{request.param}_site")
+    site.said.clear()
+    return site
+
+
+@asynccontextmanager
+async def _site(parts: Parts, folder: Path, said: list[Said]) -> AsyncIterator[Site]:
+    write_agent(folder)
+    app = create_app(settings_in(folder), parts)
+    async with app.router.lifespan_context(app), served(app) as url:
+        services: Services = app.state.services
+        for _ in range(2):
+            await _release(services, folder / "draft")
+        async with (
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            httpx.AsyncClient(base_url=url, timeout=20) as http,
+        ):
+            yield Site(services.engine, services, client, http, said)
+
+
+async def _release(services: Services, draft: Path) -> None:
     """A random adapter of `desk`, published and made live as trainer and gate do."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    base = resolve_base_model("pocket").path
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),

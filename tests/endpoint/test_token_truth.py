@@ -157,14 +157,14 @@ async def assert_scored(site: Site, said: Said) -> None:
 
 
 @pytest.mark.parametrize("shape", CHAT, ids=named)
-async def test_a_chat_is_recorded_as_it_was_sampled(site: Site, shape: Shape) -> None:
+async def test_a_chat_is_recorded_as_it_was_sampled(each_site: Site, shape: Shape) -> None:
     asked: dict[str, Any] = {
         "model": "desk",
         "messages": ASK,
         "max_completion_tokens": 40,
     } | shape.asked
-    reply = await site.client.chat.completions.create(**asked)
-    said = await assert_recorded(site, dict(reply.metadata or {}), shape)
+    reply = await each_site.client.chat.completions.create(**asked)
+    said = await assert_recorded(each_site, dict(reply.metadata or {}), shape)
     assert reply.usage is not None
     assert reply.usage.completion_tokens == sum(len(choice.token_ids) for choice in said)
     for choice, heard in zip(reply.choices, said, strict=True):
@@ -186,18 +186,18 @@ async def test_a_chat_is_recorded_as_it_was_sampled(site: Site, shape: Shape) ->
 
 
 @pytest.mark.parametrize("shape", CHAT, ids=named)
-async def test_a_streamed_chat_is_recorded_as_it_was_sampled(site: Site, shape: Shape) -> None:
+async def test_a_streamed_chat_is_recorded_as_it_was_sampled(each_site: Site, shape: Shape) -> None:
     asked: dict[str, Any] = {
         "model": "desk",
         "messages": ASK,
         "max_completion_tokens": 40,
     } | shape.asked
-    stream = await site.client.chat.completions.create(
+    stream = await each_site.client.chat.completions.create(
         **asked, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
     first: Any = chunks[0]
-    said = await assert_recorded(site, first.metadata, shape)
+    said = await assert_recorded(each_site, first.metadata, shape)
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == sum(len(choice.token_ids) for choice in said)
     if "logprobs" in asked:
@@ -213,14 +213,14 @@ async def test_a_streamed_chat_is_recorded_as_it_was_sampled(site: Site, shape: 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("shape", COMPLETIONS, ids=named)
 async def test_a_raw_completion_is_recorded_as_it_was_sampled(
-    site: Site, shape: Shape, stream: bool
+    each_site: Site, shape: Shape, stream: bool
 ) -> None:
     asked: dict[str, Any] = {"model": "desk", "prompt": "Order", "max_tokens": 12} | shape.asked
     if "metadata" in asked:
         asked["extra_body"] = {"metadata": asked.pop("metadata")}
-    reply: Any = await site.client.completions.create(**asked, stream=stream)
+    reply: Any = await each_site.client.completions.create(**asked, stream=stream)
     chunks = [chunk async for chunk in reply] if stream else [reply]
-    await assert_recorded(site, chunks[0].metadata, shape)
+    await assert_recorded(each_site, chunks[0].metadata, shape)
 
 
 @pytest.mark.parametrize("shape", RESPONSES, ids=named)

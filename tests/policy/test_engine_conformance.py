@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
 
 from policy.engine import (
     AdapterNotLoaded,
@@ -19,8 +20,11 @@ from policy.engine import (
     PromptTooLong,
     complete,
 )
+from policy.remote_engine import RemoteVllm, open_remote_engine
 from policy.scripted import ScriptedEngine, scripted_logprobs
+from policy.settings import EngineSettings
 from policy.types import Adapter, AdapterRef, Probe, Sampling
+from tests.policy.remote_vllm import remote_app, served
 
 if TYPE_CHECKING:
     from policy.vllm_engine import VllmEngine
@@ -54,7 +58,17 @@ def scripted_adapter(version: int) -> Adapter:
     return Adapter(ref, Path("nowhere"), f"sha256:{version}", "sha256:tiny", rank=8, probe=probe)
 
 
-@pytest.fixture(params=["scripted", "vllm"])
+@pytest_asyncio.fixture(loop_scope="session", scope="module")
+async def remote_engine(vllm_engine: VllmEngine) -> AsyncIterator[RemoteVllm]:
+    """Over a socket, to the session's engine behind vLLM's own HTTP API."""
+    async with served(remote_app(vllm_engine, "tiny")) as url:
+        settings = EngineSettings(kind="remote", url=url, probe_tolerance=0.02)
+        engine = await asyncio.to_thread(open_remote_engine, settings)
+        yield engine
+        await engine.close()
+
+
+@pytest.fixture(params=["scripted", "vllm", "remote"])
 def rig(request: pytest.FixtureRequest) -> Rig:
     if request.param == "scripted":
         engine = ScriptedEngine(
@@ -62,7 +76,8 @@ def rig(request: pytest.FixtureRequest) -> Rig:
             max_model_len=512,
         )  # fmt: skip
         return Rig(engine, scripted_adapter, SCRIPTED_EOS)
-    vllm: VllmEngine = request.getfixturevalue("vllm_engine")
+    name = "vllm_engine" if request.param == "vllm" else "remote_engine"
+    vllm: Engine = request.getfixturevalue(name)
     return Rig(vllm, request.getfixturevalue("make_adapter"), request.getfixturevalue("eos_id"))
 
 
