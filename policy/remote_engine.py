@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+)
 from typing import Any
 
 import aiohttp
@@ -27,6 +33,8 @@ from policy.engine import (
 from policy.probe import judge_probe
 from policy.settings import EngineSettings
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling, StopReason
+
+logger = logging.getLogger("hone.engine")
 
 NEUTRAL = {
     # The remote's own defaults (a checkpoint's top_k, say) would bend the behaviour policy.
@@ -85,7 +93,7 @@ def _check_logprobs(http: httpx.Client, model: str) -> None:
     def choice(**more: Any) -> dict[str, Any]:
         answer = http.post("/v1/completions", json={**asked, **more})
         if answer.status_code >= 400:
-            raise _refusal(answer.status_code, answer.text, str(http.base_url))
+            raise _refusal(answer.status_code, answer.text)
         [only] = answer.json()["choices"]
         return dict(only)
 
@@ -158,7 +166,7 @@ class RemoteVllm:
                     else:  # held back until the connection is free for the next request
                         last = delta
         if last is None:
-            raise EngineUnreachable(f"the remote engine at {self.url} cut a stream off")
+            raise EngineUnreachable("the remote engine cut a stream off; try again")
         yield last
 
     async def load(self, adapter: Adapter) -> ProbeReport | None:
@@ -237,19 +245,24 @@ class RemoteVllm:
             )
         return self._session
 
-    @asynccontextmanager
-    async def _post(
+    def _post(
         self, path: str, body: Mapping[str, Any]
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._request("POST", path, body)
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
-            async with self._http.post(f"{self.url}{path}", json=body) as answer:
+            async with self._http.request(method, f"{self.url}{path}", json=body) as answer:
                 if answer.status >= 400:
-                    raise _refusal(answer.status, await answer.text(), self.url)
+                    raise _refusal(answer.status, await answer.text())
                 yield answer
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineUnreachable(
-                f"the remote engine at {self.url} does not answer: {error!r}"
-            ) from error
+            # Clients read this: where the engine is, is for the log.
+            logger.warning("the remote engine at %s does not answer: %s", self.url, error)
+            raise EngineUnreachable("the remote engine does not answer; try again") from error
 
     def _check_fits(self, prompt: int, completion: int) -> None:
         if prompt < 1 or prompt + completion > self.max_model_len:
@@ -283,7 +296,7 @@ class RemoteVllm:
             await self._probe(adapter)
 
     async def _is_there(self, ref: AdapterRef) -> bool:
-        async with self._http.get(f"{self.url}/v1/models") as answer:
+        async with self._request("GET", "/v1/models") as answer:
             return str(ref) in [card["id"] for card in (await answer.json())["data"]]
 
     async def _probe(self, adapter: Adapter) -> ProbeReport | None:
@@ -326,7 +339,7 @@ async def events(answer: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any
             continue
         event = json.loads(data)
         if "error" in event:
-            raise _refusal(int(event["error"].get("code") or 500), data.decode(), str(answer.url))
+            raise _refusal(int(event["error"].get("code") or 500), data.decode())
         yield event
 
 
@@ -354,12 +367,12 @@ def _scores(choice: Mapping[str, Any], token_ids: Sequence[int]) -> list[float]:
     return [row[str(token)]["logprob"] for row, token in zip(rows, token_ids[1:], strict=True)]
 
 
-def _refusal(status: int, body: str, url: str) -> EngineError:
+def _refusal(status: int, body: str) -> EngineError:
     try:
         said = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         said = body[:400]
-    told = f"the remote engine at {url} answered {status}: {said}"
+    told = f"the remote engine answered {status}: {said}"
     if status in (502, 503, 504):
         return EngineUnreachable(told)
     return RemoteRefused(told, status, body)

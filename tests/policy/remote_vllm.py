@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
@@ -11,9 +12,13 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 if TYPE_CHECKING:
     from policy.vllm_engine import VllmEngine
+
+
+_first_ids = itertools.count(10_000, 1000)
 
 
 def remote_app(engine: VllmEngine, base_name: str) -> FastAPI:
@@ -23,10 +28,11 @@ def remote_app(engine: VllmEngine, base_name: str) -> FastAPI:
     from vllm.entrypoints.serve.instrumentator import health
     from vllm.entrypoints.serve.lora import api_router as lora_router
 
-    from policy.vllm_engine import openai_app
+    from policy.vllm_engine.routes import openai_app
 
     models = OpenAIServingModels(engine.client, [BaseModelPath(base_name, base_name)])
-    models.lora_id_counter.inc(10_000)  # vLLM knows adapters by number: not by the engine's own
+    # vLLM knows adapters by number: none may be the engine's own, or another remote's.
+    models.lora_id_counter.inc(next(_first_ids))
     app = openai_app(engine.client, models, "hermes")
     app.state.engine_client = engine.client
     app.state.args = Namespace(log_error_stack=False)
@@ -37,7 +43,7 @@ def remote_app(engine: VllmEngine, base_name: str) -> FastAPI:
 
 
 @asynccontextmanager
-async def served(app: FastAPI, port: int = 0) -> AsyncIterator[str]:
+async def served(app: ASGIApp, port: int = 0) -> AsyncIterator[str]:
     """The address of `app`, while it is served in this event loop."""
     config = uvicorn.Config(app, port=port, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
