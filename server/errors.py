@@ -115,7 +115,10 @@ def body_of(error: ApiError) -> dict[str, Any]:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(body_of(error), status_code=error.status, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if isinstance(error, Unavailable) and headers.get("x-should-retry") != "false":
+        headers.setdefault("retry-after", "1")  # what is away now may be back in seconds
+    return JSONResponse(body_of(error), status_code=error.status, headers=headers)
 
 
 _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from server.app import create_app
+from server.errors import Unavailable, error_response
 from tests.server.house import House, running, scripted_parts, settings_in, write_agent
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -158,6 +159,7 @@ async def test_before_the_start_is_over_every_route_says_so(tmp_path: Path, path
     ) as client:
         answer = await client.post(path, json=body)
     assert (answer.status_code, _error(answer)["code"]) == (503, "starting")
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_a_log_that_is_closed_is_unavailable(tmp_path: Path) -> None:
@@ -177,3 +179,8 @@ def _error(answer: Any) -> dict[str, Any]:
     assert set(body["error"]) == {"message", "type", "param", "code"}
     error: dict[str, Any] = body["error"]
     return error
+
+
+def test_a_retry_is_not_asked_for_where_tools_may_have_acted() -> None:
+    failed = Unavailable("the engine is gone", headers={"x-should-retry": "false"})
+    assert "retry-after" not in error_response(failed).headers
