@@ -43,7 +43,9 @@ class _Shaped:
         elif self._is_refused:
             return
         elif self._held is None:
-            await self._send({**message, "body": _translated_event(message.get("body", b""))})
+            if message.get("body", b"").startswith(_STREAMED):
+                message = {**message, "body": _translated_event(message["body"])}
+            await self._send(message)
         elif self._held["status"] >= 400:
             self._error.extend(message.get("body", b""))
             if not message.get("more_body", False):
@@ -76,8 +78,6 @@ def _is_stream(start: Message) -> bool:
 
 
 def _translated_event(event: bytes) -> bytes:
-    if not event.startswith(_STREAMED):
-        return event
     said, end, more = event.removeprefix(b"data: ").partition(b"\n\n")
     return b"data: " + _translated(said) + end + more
 

@@ -58,10 +58,10 @@ class RunningCall:
     generations: list[Generation] = field(default_factory=list)
 
     def episode_of(self, generation: Generation) -> OpenEpisode:
-        prompt = 0
-        if len(self.episodes) > self.n:
-            prompt = int(generation.request_id.rpartition("-")[2])
-        return self.episodes[prompt * self.n + generation.index]
+        number = generation.request_id.rpartition("-")[2]
+        several = len(self.episodes) > self.n and number.isdecimal()
+        at = (int(number) if several else 0) * self.n + generation.index
+        return self.episodes[at if at < len(self.episodes) else 0]
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import dataclass, field
@@ -208,6 +209,28 @@ async def test_a_streamed_chat_is_recorded_as_it_was_sampled(each_site: Site, sh
             for item in (choice.logprobs and choice.logprobs.content) or ()
         ]
         assert told == pytest.approx(said[0].logprobs)
+
+
+async def test_a_client_that_hangs_up_leaves_what_was_sampled(each_site: Site) -> None:
+    stream = await each_site.client.chat.completions.create(
+        model="desk", messages=ASK, stream=True, max_completion_tokens=600,
+        extra_body={"ignore_eos": True}, extra_headers={"x-hone-end": "true"},
+    )  # fmt: skip
+    first: Any = await anext(stream)
+    for _ in range(4):
+        await anext(stream)
+    await stream.close()
+    episode_id = first.metadata["episode_id"]
+    for _ in range(200):
+        if (await each_site.http.get(f"/v1/episodes/{episode_id}")).json().get("stop_reason"):
+            break
+        await asyncio.sleep(0.05)
+    [turn] = (await each_site.episode(episode_id))["turns"]
+    assert (turn["stop_reason"], turn["fault"]) == ("abort", "cut off: the client hung up")
+    assert 4 <= len(turn["token_ids"]) < 600
+
+    heard = Said("", turn["prompt_token_ids"], turn["token_ids"], turn["logprobs"])
+    await assert_scored(each_site, heard)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
