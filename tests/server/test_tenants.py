@@ -161,6 +161,32 @@ def completions(street: Street) -> None:
     refused(street.bolt.http.post("/v1/completions", json=asked), "episode_forbidden")
 
 
+def responses(street: Street) -> None:
+    def ask(**asked: Any) -> httpx.Response:
+        return street.bolt.http.post("/v1/responses", json={"input": "hello", **asked})
+
+    refused(ask(model="acme-desk"), "model_not_found")
+    refused(ask(model="agent:acme-desk"), "agent_not_found")
+    kept = _response(street)
+    refused(ask(model="agent:bolt-desk", previous_response_id=kept), "response_not_found")
+    for episode in (street.acme.run, street.acme.plain):
+        answer = ask(model="bolt-desk", metadata={"episode_id": episode})
+        refused(answer, "episode_forbidden")
+
+
+def response(street: Street, method: str, more: str = "") -> None:
+    kept = f"/v1/responses/{_response(street)}"
+    refused(street.bolt.http.request(method, kept + more), "response_not_found")
+    assert street.acme.http.get(kept).status_code == 200
+
+
+def _response(street: Street) -> str:
+    asked = {"model": "agent:acme-desk", "input": "hello"}
+    answer = street.acme.http.post("/v1/responses", json=asked)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
 def agents(street: Street) -> None:
     hidden(street.bolt.http.get("/v1/agents"))
 
@@ -270,6 +296,13 @@ TRIED: dict[str, Callable[[Street], None]] = {
     "GET /v1/models/{model}": model,
     "POST /v1/chat/completions": chat,
     "POST /v1/completions": completions,
+    "POST /v1/responses": responses,
+    "GET /v1/responses/{response_id}": lambda street: response(street, "GET"),
+    "GET /v1/responses/{response_id}/input_items": lambda street: response(
+        street, "GET", "/input_items"
+    ),
+    "DELETE /v1/responses/{response_id}": lambda street: response(street, "DELETE"),
+    "POST /v1/responses/{response_id}/cancel": lambda street: response(street, "POST", "/cancel"),
     "GET /v1/agents": agents,
     "POST /v1/agents/{name}/runs": runs,
     "GET /v1/episodes": episodes,
@@ -291,7 +324,7 @@ TRIED: dict[str, Callable[[Street], None]] = {
 
 
 def test_every_route_is_declared_and_tried(street: Street) -> None:
-    """`/v1/completions` is vLLM's, which the scripted server has no part of."""
+    """Text completions and responses are vLLM's, which the scripted server has no part of."""
     served = {
         f"{method} {route.path_format}"
         for route in street.house.app.router.routes
@@ -305,7 +338,7 @@ def test_every_route_is_declared_and_tried(street: Street) -> None:
     }
     assert listed <= served
     assert all(isinstance(route, Route) for route in street.house.app.router.routes)
-    assert served | {"POST /v1/completions"} == NEEDS.keys()
+    assert served | {"POST /v1/completions", "POST /v1/responses"} == NEEDS.keys()
     closed = {route for route, needs in NEEDS.items() if needs is not OPEN}
     assert closed | {"POST /v1/webhooks/{source}"} == TRIED.keys()
 
