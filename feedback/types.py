@@ -34,6 +34,8 @@ class ToolCall:
     result: str
     """The text that the model was shown."""
     seconds: float = 0.0
+    attempts: int = 1
+    """How often the tool was called for it; 0: never, because it was out of order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Turn:
     stop_reason: str
     tool_calls: Sequence[ToolCall] = ()
     fault: str | None = None
-    """What was wrong with the turn itself, for example a malformed call."""
+    """What was wrong with the turn itself, for example a malformed call, or with its prompt: what
+    had to be shortened to fit the context."""
     started_at: float = 0.0
     seconds: float = 0.0
 

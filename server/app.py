@@ -72,6 +72,7 @@ from server.telemetry.ledger import Ledger
 from server.telemetry.metrics import Metrics
 from server.telemetry.watch import WatchedLog, Watcher, Watchers
 from server.tools.box import open_toolbox
+from server.tools.breaker import Breaker
 
 if TYPE_CHECKING:
     from server.telemetry.spans import Spans
@@ -260,8 +261,9 @@ async def _start(
     stack.push_async_callback(plain.stop)
     parts.openai_routes(app, engine, base_name, collect)
 
-    served = await _open_agents(specs, spans, stack)
+    served, breakers = await _open_agents(specs, spans, stack)
     if counted is not None:
+        counted.know_breakers(breakers)
         counted.know_tools({tool for agent in served.values() for tool in agent.toolbox.names})
 
     trainer = None
@@ -323,14 +325,16 @@ def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, Wake
 
 async def _open_agents(
     specs: Mapping[str, AgentSpec], spans: Spans | None, stack: AsyncExitStack
-) -> dict[str, Agent]:
-    """Every agent with its tools open, traced if anything is."""
+) -> tuple[dict[str, Agent], dict[str, Sequence[Breaker]]]:
+    """Every agent with its tools open, traced if anything is; and the breakers of its sources."""
     served: dict[str, Agent] = {}
+    breakers: dict[str, Sequence[Breaker]] = {}
     for name, spec in specs.items():
         tools = await open_toolbox(spec.tools)
         stack.push_async_callback(tools.aclose)
         served[name] = Agent(spec, tools if spans is None else spans.around(tools))
-    return served
+        breakers[name] = tools.breakers
+    return served, breakers
 
 
 def _spans(settings: Settings, chat: ChatFormat, stack: AsyncExitStack) -> Spans | None:

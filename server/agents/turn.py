@@ -19,6 +19,8 @@ from policy.engine import EngineDead, PromptTooLong
 from policy.types import Delta
 from server.tools.base import CallContext, ToolResult, fault
 
+_UNFINISHED = ToolResult("error", "not finished: the run ended")
+
 
 class Tools(Protocol):
     """What an agent may call; `server.tools.box.ToolBox`."""
@@ -115,7 +117,7 @@ class TurnDraft:
         """The calls as recorded; one without an answer says so."""
         answers = self._answers or [None] * len(self.parsed.calls)
         return tuple(
-            _tool_call(call, "error", "not finished: the run ended", 0.0) if done is None else done
+            _tool_call(call, _UNFINISHED, 0.0) if done is None else done
             for call, done in zip(self.parsed.calls, answers, strict=True)
         )
 
@@ -154,8 +156,16 @@ class TurnDraft:
         else:
             result = await box.call(call.name, call.arguments, replace(context, call_id=call.id))
         seconds = time.perf_counter() - started
-        self._answers[place] = _tool_call(call, result.status, result.text, seconds)
+        self._answers[place] = _tool_call(call, result, seconds)
 
 
-def _tool_call(call: ParsedCall, status: Any, result: str, seconds: float) -> ToolCall:
-    return ToolCall(call.id, call.name, call.arguments or {}, status, result, seconds)
+def _tool_call(call: ParsedCall, result: ToolResult, seconds: float) -> ToolCall:
+    return ToolCall(
+        call.id,
+        call.name,
+        call.arguments or {},
+        result.status,
+        result.text,
+        seconds,
+        result.attempts,
+    )

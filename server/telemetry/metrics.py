@@ -6,19 +6,25 @@ read from the server's state at a scrape is in `readings`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from feedback.events import Receipt
 from feedback.training import TrainingRun
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.releases import ReleaseEvent
 from policy.types import AdapterRef
+from server.tools.breaker import Breaker
+from server.tools.names import unique
 
 OTHER = "other"
 """Instead of a label's value that is not one of the few."""
 MOST_SOURCES = 32
+LONGEST_LABEL = 120
+"""Characters: a source may be a long command, or an address."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -51,6 +57,9 @@ class Metrics:
         )
         self._tool_seconds = self._histogram(
             "hone_tool_seconds", "From a tool's call to its answer.", "tool"
+        )
+        self._tool_retries = self._counter(
+            "hone_tool_retries", "Attempts at tool calls after the first.", "tool"
         )
         self._feedback = self._counter(
             "hone_feedback_events", "Feedback events received.", "source", "status"
@@ -102,6 +111,10 @@ class Metrics:
         """The tools that have a label value; a model may call anything."""
         self._tools = frozenset(names)
 
+    def know_breakers(self, breakers: Mapping[str, Sequence[Breaker]]) -> None:
+        """Of each agent's sources of tools; they are read at every scrape."""
+        self.registry.register(BreakerReadings(breakers))
+
     # server.telemetry.watch.Watcher
 
     def begun(self, episode: Episode) -> None:
@@ -116,6 +129,8 @@ class Metrics:
             tool = call.name if call.name in self._tools else OTHER
             self._tool_calls.labels(tool, call.status).inc()
             self._tool_seconds.labels(tool).observe(call.seconds)
+            if call.attempts > 1:
+                self._tool_retries.labels(tool).inc(call.attempts - 1)
 
     def ended(self, episode: Episode, stop_reason: str, ended_at: float) -> None:
         whose = _whose(episode)
@@ -165,6 +180,32 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(name, text, labels, registry=self.registry, buckets=_SECONDS)
+
+
+class BreakerReadings(Collector):
+    """Where the circuit breakers stand."""
+
+    def __init__(self, breakers: Mapping[str, Sequence[Breaker]]) -> None:
+        self._of_agents = breakers
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["agent", "source"]
+        state = GaugeMetricFamily(
+            "hone_tool_breaker_state",
+            "Whether a source of tools is called: 0 as usual, 1 on trial, 2 not.",
+            labels=labels,
+        )
+        openings = CounterMetricFamily(
+            "hone_tool_breaker_openings", "Times a source of tools was given up.", labels=labels
+        )
+        for agent, breakers in self._of_agents.items():
+            taken: set[str] = set()
+            for breaker in breakers:
+                whose = [agent, unique(breaker.source[:LONGEST_LABEL], taken)]
+                state.add_metric(whose, ("closed", "half_open", "open").index(breaker.state))
+                openings.add_metric(whose, breaker.openings)
+        yield state
+        yield openings
 
 
 def run_outcome(run: TrainingRun) -> str:

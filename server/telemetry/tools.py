@@ -82,6 +82,8 @@ class TracedTools:
 
     def _say(self, span: Span, arguments: Mapping[str, Any], result: ToolResult) -> None:
         span.set_attribute(names.TOOL_STATUS, result.status)
+        if result.attempts != 1:
+            span.set_attribute(names.TOOL_ATTEMPTS, result.attempts)
         span.set_attributes(
             self._content({names.TOOL_ARGUMENTS: arguments, names.TOOL_RESULT: result.text})
         )

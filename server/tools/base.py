@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from feedback.types import ToolStatus
+
+_LONGEST_DETAIL = 300
 
 
 class ToolError(Exception):
@@ -30,6 +32,11 @@ class InvalidArguments(ToolError):
     pass
 
 
+Trouble = Literal["busy", "down"]
+"""A failure that may pass. busy: asked to come later; down: the tool, or the way to it, is out of
+order."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
     """How a tool is shown to the model."""
@@ -39,6 +46,8 @@ class ToolSpec:
     description: str
     parameters: Mapping[str, Any]
     """JSON Schema (2020-12) of the arguments object, without references."""
+    idempotent: bool = False
+    """Whether a call may be made twice, as far as the tool's kind tells; never shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,12 @@ class ToolResult:
     status: ToolStatus
     text: str
     """What the model is shown."""
+    trouble: Trouble | None = None
+    """Set where the call failed through no fault of its own."""
+    retry_after: float | None = None
+    """Seconds that the tool asked to be left alone."""
+    attempts: int = 1
+    """How often the tool was called; 0: it was not."""
 
 
 class Tool(Protocol):
@@ -104,8 +119,21 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def fault(status: ToolStatus, detail: object, *, error: str | int | None = None) -> ToolResult:
+def fault(
+    status: ToolStatus,
+    detail: object,
+    *,
+    error: str | int | None = None,
+    trouble: Trouble | None = None,
+) -> ToolResult:
     """A failure as the model reads it: `{"error":...,"detail":...}`."""
-    return ToolResult(
-        status, compact({"error": status if error is None else error, "detail": detail})
-    )
+    shown = compact({"error": status if error is None else error, "detail": detail})
+    return ToolResult(status, shown, trouble)
+
+
+def worded(error: BaseException) -> str:
+    """An exception as the model reads it; it may quote a page of arguments, which is cut."""
+    text = str(error) or type(error).__name__
+    if not isinstance(error, InvalidArguments):
+        text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= _LONGEST_DETAIL else text[: _LONGEST_DETAIL - 1] + "…"

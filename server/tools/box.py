@@ -1,7 +1,7 @@
 """An agent's tools behind one guard: whatever a tool does, a call ends in a `ToolResult`.
 
-Owns look-up, argument checks, time-outs and the size of results. How a kind of tool is found and
-called is in its own file; what a run does with results is the run's.
+Owns look-up, argument checks and the size of results. Time-outs and failures are the guard's, how a
+kind of tool is found and called is in its own file; what a run does with results is the run's.
 """
 
 from __future__ import annotations
@@ -9,29 +9,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.tools.arguments import ArgumentCheck
 from server.tools.base import (
     CallContext,
-    InvalidArguments,
     Supply,
     Tool,
     ToolResult,
     ToolUnavailable,
     fault,
+    worded,
 )
+from server.tools.breaker import Breaker
+from server.tools.guard import Guard
 from server.tools.mcp import open_mcp_server
-from server.tools.network import Refused
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
 from server.tools.rules import Rules
 from server.tools.sources import McpSource, OpenApiSource, PythonSource
 
-_LONGEST_DETAIL = 300
-"""Characters of an exception's text that the model is shown."""
-
+AnySource = OpenApiSource | McpSource | PythonSource
 
 _log = logging.getLogger("hone.tools")
 
@@ -40,22 +39,33 @@ _log = logging.getLogger("hone.tools")
 class _Entry:
     tool: Tool
     check: ArgumentCheck
+    guard: Guard
+
+
+@dataclass(frozen=True, slots=True)
+class _Ruled:
+    """A supply, and what its owner says of it."""
+
+    supply: Supply
+    rules: Rules
+    guard: Guard
 
 
 class ToolBox:
     """The tools that one agent may call; what is not in the box does not exist for it."""
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
-        """Raises ToolUnavailable for two tools of one name or a schema that is none."""
+    def __init__(self, tools: Sequence[Tool], guards: Sequence[Guard] | None = None) -> None:
+        """`guards`: one for each tool. Raises ToolUnavailable for two tools of one name or a schema
+        that is none."""
         self._entries: dict[str, _Entry] = {}
-        for tool in tools:
+        for tool, guard in zip(tools, guards or [Guard()] * len(tools), strict=True):
             name = tool.spec.name
             if name in self._entries:
                 raise ToolUnavailable(
                     f"two tools are named {name!r}; give one another `name` or its source a "
                     "`prefix`, or leave it out of its `operations` or `tools`"
                 )
-            self._entries[name] = _Entry(tool, ArgumentCheck(name, tool.spec.parameters))
+            self._entries[name] = _Entry(tool, ArgumentCheck(name, tool.spec.parameters), guard)
         self.definitions: list[dict[str, Any]] = [_definition(tool) for tool in tools]
         """In OpenAI's shape, as chat templates expect them."""
 
@@ -74,7 +84,8 @@ class ToolBox:
         complaint = _checked(entry.check, arguments)
         if complaint is not None:
             return fault("invalid", complaint)
-        return _shown(await _guarded(entry.tool, arguments, context), entry.tool.max_result_chars)
+        result = await entry.guard.call(entry.tool, arguments, context)
+        return _shown(result, entry.tool.max_result_chars)
 
     def now(self) -> ToolBox:
         """The box for a run that begins now. A run keeps the box that it began with."""
@@ -87,28 +98,38 @@ class ToolBox:
 class SuppliedToolBox(ToolBox):
     """The tools that supplies offered at the start, and a way to those that they offer now."""
 
-    def __init__(self, supplies: Sequence[tuple[Supply, Rules]]) -> None:
+    def __init__(self, supplies: Sequence[_Ruled]) -> None:
         self._supplies = supplies
-        self._offer = [supply.tools for supply, _ in supplies]
-        super().__init__(self._ruled())
+        self._offer = [each.supply.tools for each in supplies]
+        super().__init__(*self._ruled())
         self._now: ToolBox = self
 
+    @property
+    def breakers(self) -> tuple[Breaker, ...]:
+        """Of the sources that have one; they outlive changes of the offer."""
+        found = (each.guard.breaker for each in self._supplies)
+        return tuple(breaker for breaker in found if breaker is not None)
+
     def now(self) -> ToolBox:
-        offer = [supply.tools for supply, _ in self._supplies]
+        offer = [each.supply.tools for each in self._supplies]
         if any(new is not old for new, old in zip(offer, self._offer, strict=True)):
             self._offer = offer
             try:
-                self._now = ToolBox(self._ruled())
+                self._now = ToolBox(*self._ruled())
             except ToolUnavailable as error:
                 _log.warning("a changed list of tools is not taken over: %s", error)
         return self._now
 
     async def aclose(self) -> None:
-        await asyncio.gather(*(supply.aclose() for supply, _ in self._supplies))
+        await asyncio.gather(*(each.supply.aclose() for each in self._supplies))
 
-    def _ruled(self) -> list[Tool]:
-        pairs = zip(self._offer, self._supplies, strict=True)
-        return [tool for tools, (_, rules) in pairs for tool in rules.over(tools)]
+    def _ruled(self) -> tuple[list[Tool], list[Guard]]:
+        tools: list[Tool] = []
+        guards: list[Guard] = []
+        for offered, each in zip(self._offer, self._supplies, strict=True):
+            tools += each.rules.over(offered)
+            guards += [each.guard] * len(offered)
+        return tools, guards
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +142,21 @@ class _Fixed:
         await asyncio.gather(*(tool.aclose() for tool in self.tools))
 
 
-async def open_toolbox(sources: Sequence[OpenApiSource | McpSource | PythonSource]) -> ToolBox:
+async def open_toolbox(sources: Sequence[AnySource]) -> SuppliedToolBox:
     """Find every tool that `sources` declare. Raises ToolUnavailable, leaving nothing open."""
-    supplies: list[tuple[Supply, Rules]] = []
+    supplies: list[_Ruled] = []
     try:
         for source in sources:
             rules = Rules.of(source)
-            supplies.append((await _supply(source), rules))
+            supplies.append(_Ruled(await _supply(source), rules, Guard.of(source)))
         return SuppliedToolBox(supplies)
     except BaseException:
-        for supply, _ in supplies:
-            await supply.aclose()
+        for each in supplies:
+            await each.supply.aclose()
         raise
 
 
-async def _supply(source: OpenApiSource | McpSource | PythonSource) -> Supply:
+async def _supply(source: AnySource) -> Supply:
     if isinstance(source, OpenApiSource):
         return _Fixed(await open_openapi_tools(source))
     if isinstance(source, McpSource):
@@ -159,32 +180,7 @@ def _checked(check: ArgumentCheck, arguments: Mapping[str, Any]) -> str | None:
     try:
         return check.complaint(arguments)
     except Exception as error:  # e.g. a pattern that is no regular expression
-        return f"the arguments could not be checked: {_detail(error)}"
-
-
-async def _guarded(tool: Tool, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    limit = started + tool.timeout_seconds
-    if context.deadline is not None:
-        limit = min(limit, context.deadline)
-    try:
-        async with asyncio.timeout_at(limit) as timeout:
-            return await tool.call(arguments, context)
-    except InvalidArguments as error:
-        return fault("invalid", _detail(error))
-    except Refused as error:
-        return fault("refused", error.message)
-    except asyncio.CancelledError:
-        # A tool may leak a cancellation of its own; only ours has been asked of this task.
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        return fault("error", "the tool cancelled its own call")
-    except (Exception, SystemExit) as error:  # sys.exit() in a tool must not end us
-        if isinstance(error, TimeoutError) and timeout.expired():
-            return fault("timeout", f"no answer after {loop.time() - started:.1f} seconds")
-        return fault("error", _detail(error))
+        return f"the arguments could not be checked: {worded(error)}"
 
 
 def _shown(result: ToolResult, limit: int) -> ToolResult:
@@ -197,11 +193,4 @@ def _shown(result: ToolResult, limit: int) -> ToolResult:
         text = text.replace("\0", "\ufffd")
     if len(text) > limit:
         text = f"{text[:limit]}… [cut: {limit} of {len(text)} characters shown]"
-    return result if text is result.text else ToolResult(result.status, text)
-
-
-def _detail(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    if not isinstance(error, InvalidArguments):
-        text = f"{type(error).__name__}: {error}"
-    return text if len(text) <= _LONGEST_DETAIL else text[: _LONGEST_DETAIL - 1] + "…"
+    return result if text is result.text else replace(result, text=text)

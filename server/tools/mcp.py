@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import httpx2
 import mcp.types as wire
+from mcp import MCPError
 
 from server.tools.arguments import ArgumentCheck
 from server.tools.base import (
@@ -22,6 +24,7 @@ from server.tools.base import (
     ToolUnavailable,
     compact,
     fault,
+    worded,
 )
 from server.tools.mcp_connection import McpConnection
 from server.tools.names import tool_name, unique
@@ -46,7 +49,15 @@ class McpTool:
         self.max_result_chars = source.max_result_chars
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
-        result = await self._connection.call(self._name, arguments, context.trace)
+        try:
+            result = await self._connection.call(self._name, arguments, context.trace)
+        except ConnectionError as error:
+            # Between two sessions, which `mcp_connection` spaces already: no outage to count.
+            return fault("error", worded(error), trouble="busy")
+        except (httpx2.TransportError, MCPError) as error:
+            # Any other code is an answer.
+            lost = not isinstance(error, MCPError) or error.code == wire.CONNECTION_CLOSED
+            return fault("error", worded(error), trouble="down" if lost else None)
         text = _text(result)
         return fault("error", text) if result.is_error else ToolResult("ok", text)
 
@@ -111,7 +122,12 @@ class McpServer:
                 self._names[tool.name] = unique(self._plain(tool.name), taken)
             name = self._names[tool.name]
             try:
-                spec = ToolSpec(name, _description(tool), _parameters(name, tool))
+                spec = ToolSpec(
+                    name,
+                    _description(tool),
+                    _parameters(name, tool),
+                    idempotent=self._source.trust_hints and _says_idempotent(tool),
+                )
             except ToolUnavailable as error:
                 _log.warning("%s: tool %r is left out: %s", self._source, tool.name, error)
                 continue
@@ -136,6 +152,12 @@ async def open_mcp_server(source: McpSource) -> McpServer:
 
 def _description(tool: wire.Tool) -> str:
     return (tool.description or tool.title or "").strip()
+
+
+def _says_idempotent(tool: wire.Tool) -> bool:
+    """A hint, of a server that may be hostile."""
+    hints = tool.annotations
+    return hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
 
 
 def _parameters(name: str, tool: wire.Tool) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -24,8 +27,10 @@ from server.tools.base import (
     ToolResult,
     ToolSpec,
     ToolUnavailable,
+    Trouble,
     compact,
     fault,
+    worded,
 )
 from server.tools.network import Reach, Refused
 from server.tools.openapi_document import Operation, read_operations, server_url
@@ -35,6 +40,11 @@ from server.tools.sources import OpenApiSource, interpolate
 _MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_ANSWER_BYTES = 2**20
 _CONNECTIONS = 128
+_TROUBLES: Mapping[int, Trouble] = {
+    **dict.fromkeys((408, 425, 429), "busy"),
+    **dict.fromkeys((502, 503, 504), "down"),
+}
+"""What a status says of the service. Not 500: it is one request that the service failed at."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,10 +108,12 @@ class _Service:
     async def send(self, request: Request, trace: Mapping[str, str]) -> ToolResult:
         try:
             return await self._sent(request, trace)
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, Refused):
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+                error.os_error, Refused
+            ):
                 raise error.os_error from error
-            raise
+            return fault("error", worded(error), trouble="down")
 
     async def _sent(self, request: Request, trace: Mapping[str, str]) -> ToolResult:
         async with self._session.request(
@@ -113,7 +125,11 @@ class _Service:
         ) as response:
             body, whole = await _bounded(response, _MAX_ANSWER_BYTES)
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-            return _shown(response.status, kind, body, whole=whole)
+            shown = _shown(response.status, kind, body, whole=whole)
+            if (trouble := _TROUBLES.get(response.status)) is None:
+                return shown
+            wait = _retry_after(response.headers.get("retry-after", ""))
+            return replace(shown, trouble=trouble, retry_after=wait)
 
     async def aclose(self) -> None:
         await self._session.close()
@@ -143,6 +159,16 @@ async def _bounded(response: aiohttp.ClientResponse, limit: int) -> tuple[bytes,
         if len(body) > limit:
             return bytes(body[:limit]), False
     return bytes(body), True
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds, of either form that HTTP knows."""
+    try:
+        if value.isdecimal():
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 def _shown(status: int, kind: str, body: bytes, *, whole: bool) -> ToolResult:

@@ -22,6 +22,8 @@ Place = Literal["path", "query", "header", "body"]
 BodyKind = Literal["json", "form"]
 
 _METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
+_IDEMPOTENT = ("get", "head", "options", "put", "delete")
+"""As HTTP defines these methods."""
 _PLACES: tuple[Place, ...] = ("path", "query", "header")
 _OURS = frozenset({"accept", "content-type", "authorization", "host", "content-length", "cookie"})
 """Header parameters that OpenAPI ignores, or that are never a model's to set."""
@@ -146,7 +148,12 @@ class _Reader:
             "additionalProperties": False,
         }
         return Operation(
-            ToolSpec(name, str(described).strip(), schema),
+            ToolSpec(
+                name,
+                str(described).strip(),
+                schema,
+                idempotent=self._method in _IDEMPOTENT,
+            ),
             identity,
             self._method.upper(),
             self._path,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.tools.arguments import ArgumentCheck
-from server.tools.base import CallContext, Tool, ToolResult, ToolUnavailable, fault
+from server.tools.base import CallContext, Tool, ToolResult, ToolSpec, ToolUnavailable, fault
 from server.tools.sources import Source, interpolate
 
 
@@ -22,11 +22,13 @@ class Rules:
 
     bind: Mapping[str, Mapping[str, Any]]
     constrain: Mapping[str, Mapping[str, Any]]
+    idempotent: bool | Sequence[str] = ()
+    """Names beside those whose kind tells so; or whether all are."""
 
     @classmethod
     def of(cls, source: Source) -> Rules:
         """Raises ToolUnavailable for a variable that is not set."""
-        return cls(_filled(source.bind), source.constrain)
+        return cls(_filled(source.bind), source.constrain, source.idempotent)
 
     def over(self, tools: Sequence[Tool]) -> list[Tool]:
         """`tools` under these rules. Raises ToolUnavailable for a rule about no tool, and for one
@@ -36,26 +38,42 @@ class Rules:
 
     def _check_names(self, tools: Sequence[Tool]) -> None:
         names = {tool.spec.name for tool in tools}
-        if missing := sorted({*self.bind, *self.constrain} - names):
+        repeated = () if isinstance(self.idempotent, bool) else self.idempotent
+        if missing := sorted({*self.bind, *self.constrain, *repeated} - names):
             raise ToolUnavailable(
-                f"`bind` or `constrain` names {missing!r}, which is no tool of this source; its "
-                f"tools are {sorted(names)!r}"
+                f"`bind`, `constrain` or `idempotent` names {missing!r}, which is no tool of this "
+                f"source; its tools are {sorted(names)!r}"
             )
 
     def _over(self, tool: Tool) -> Tool:
         name = tool.spec.name
         constants, constraint = self.bind.get(name, {}), self.constrain.get(name)
-        return RuledTool(tool, constants, constraint) if constants or constraint else tool
+        idempotent = self._repeatable(tool.spec)
+        if not (constants or constraint or idempotent != tool.spec.idempotent):
+            return tool
+        return RuledTool(tool, constants, constraint, idempotent=idempotent)
+
+    def _repeatable(self, spec: ToolSpec) -> bool:
+        """What the owner says goes before what a service says of itself."""
+        if isinstance(self.idempotent, bool):
+            return self.idempotent
+        return spec.idempotent or spec.name in self.idempotent
 
 
 class RuledTool:
     """A tool that the model may call within its owner's rules."""
 
     def __init__(
-        self, tool: Tool, constants: Mapping[str, Any], constraint: Mapping[str, Any] | None
+        self,
+        tool: Tool,
+        constants: Mapping[str, Any],
+        constraint: Mapping[str, Any] | None,
+        *,
+        idempotent: bool,
     ) -> None:
         spec = tool.spec
-        self.spec = replace(spec, parameters=_without(spec.name, spec.parameters, constants))
+        left = _without(spec.name, spec.parameters, constants)
+        self.spec = replace(spec, parameters=left, idempotent=idempotent)
         self.timeout_seconds = tool.timeout_seconds
         self.max_result_chars = tool.max_result_chars
         self._tool = tool

@@ -45,11 +45,27 @@ def _anchored(value: Any, folder: Path) -> Any:
     return [_anchored(item, folder) for item in value] if isinstance(value, list) else value
 
 
+class BreakerRule(Strict):
+    """When a source is left alone, and for how long."""
+
+    failures: int = Field(5, ge=1, description="In a row: no answer in time, or no connection.")
+    pause_seconds: float = Field(30.0, gt=0, description="Until one call is let through, on trial.")
+
+
 class Source(Strict):
     """What every kind of source takes."""
 
     timeout_seconds: float = Field(10.0, gt=0, description="A slower call is given up.")
     max_result_chars: int = Field(4000, ge=80, description="A longer result is cut, with a note.")
+    retries: int = Field(
+        2, ge=0, le=10, description="More attempts, within the time-out, at calls that allow it."
+    )
+    idempotent: bool | tuple[str, ...] = Field(
+        (),
+        description="Tools whose calls may be made twice, besides those of which the kind tells; "
+        "or true for all of them, false for none.",
+    )
+    breaker: BreakerRule | None = BreakerRule()
     bind: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="By tool and argument: a value that the model neither sees nor changes.",
@@ -87,6 +103,9 @@ class OpenApiSource(_HttpSource):
         None, description="Allowed operationIds; None allows all."
     )
 
+    def __str__(self) -> str:
+        return self.openapi
+
     @field_validator("openapi")
     @classmethod
     def _beside_the_agents_file(cls, value: str, info: ValidationInfo) -> str:
@@ -112,6 +131,9 @@ class McpSource(_HttpSource):
         "", pattern=r"^[A-Za-z0-9_-]{0,32}$", description="Put before the tools' names."
     )
     start_seconds: float = Field(30.0, gt=0, description="A slower start is given up.")
+    trust_hints: bool = Field(
+        False, description="Believe the server which of its calls may be made twice."
+    )
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -152,6 +174,9 @@ class PythonSource(Source):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Shown to the model; else its own."
     )
+
+    def __str__(self) -> str:
+        return self.python
 
 
 def _kind(value: Any) -> str | None:

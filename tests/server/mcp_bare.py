@@ -10,9 +10,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "name": name,
         "description": f"To {name}.",
@@ -20,6 +21,7 @@ TOOLS = [
     }
     for name in ("echo", "die", "mute", "learn", "forget", "ask", "stray", "lead")
 ]
+TOOLS.append({**TOOLS[0], "name": "once", "annotations": {"readOnlyHint": True}})
 BAD = {"name": "bad", "inputSchema": {"type": "object", "properties": {"a": {"type": "no type"}}}}
 asked: dict[str, Any] = {}
 cancelled: list[Any] = []
@@ -37,6 +39,9 @@ def called(identity: Any, name: str, arguments: Mapping[str, Any]) -> None:
     text = arguments.get("text", "")
     if name == "die":
         sys.exit(text or "farewell")
+    if name == "once" and not Path(text).exists():
+        Path(text).touch()
+        sys.exit("dead the first time")
     if name == "mute":
         return
     if name == "learn":

@@ -46,6 +46,13 @@ class Orders:
 
     def app(self) -> FastAPI:
         service = FastAPI()
+        failures = [503]
+
+        @service.get("/flaky", operation_id="flaky")
+        def flaky() -> str:
+            if failures:
+                raise HTTPException(failures.pop(), "not yet")
+            return "now"
 
         @service.get("/orders/{order}", operation_id="get_order")
         def get_order(order: int, request: Request) -> dict[str, Any]:
@@ -288,6 +295,15 @@ def test_a_run_that_its_client_leaves_is_told_as_far_as_it_came(
     assert agent.attributes["gen_ai.usage.output_tokens"] == sampled > 0
     assert chat.parent_id == agent.span_id
     assert (chat.attributes["error.type"], chat.is_error) == ("aborted", True)
+
+
+def test_a_call_that_was_tried_again_says_so(
+    tmp_path: Path, orders: Orders, collector: Collector
+) -> None:
+    with traced(tmp_path, orders, collector) as house:
+        run(house, "CALL flaky {}")
+        tool = collector.one("execute_tool flaky")
+    assert (tool.attributes["hone.tool.status"], tool.attributes["hone.tool.attempts"]) == ("ok", 2)
 
 
 def test_names_that_the_model_made_up_are_no_span_names(

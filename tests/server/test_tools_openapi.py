@@ -123,9 +123,10 @@ def build_service(seen: list[dict[str, Any]]) -> FastAPI:
     return app
 
 
-def serve(app: FastAPI) -> tuple[uvicorn.Server, threading.Thread, str]:
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
+def serve(
+    app: FastAPI, listener: socket.socket | None = None
+) -> tuple[uvicorn.Server, threading.Thread, str]:
+    sock = listener or socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
