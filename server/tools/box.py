@@ -23,14 +23,15 @@ from server.tools.base import (
     worded,
 )
 from server.tools.breaker import Breaker
+from server.tools.code import open_code_tool
 from server.tools.guard import Guard
 from server.tools.mcp import open_mcp_server
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
 from server.tools.rules import Rules
-from server.tools.sources import McpSource, OpenApiSource, PythonSource
+from server.tools.sources import CodeSource, McpSource, OpenApiSource, PythonSource
 
-AnySource = OpenApiSource | McpSource | PythonSource
+AnySource = OpenApiSource | McpSource | PythonSource | CodeSource
 
 _log = logging.getLogger("hone.tools")
 
@@ -161,6 +162,8 @@ async def _supply(source: AnySource) -> Supply:
         return _Fixed(await open_openapi_tools(source))
     if isinstance(source, McpSource):
         return await open_mcp_server(source)
+    if isinstance(source, CodeSource):
+        return _Fixed([await open_code_tool(source)])
     return _Fixed([PythonTool.from_source(source)])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Discriminator,
@@ -179,8 +179,24 @@ class PythonSource(Source):
         return self.python
 
 
+class CodeSource(Source):
+    """Python code of the model's own, run in a sandbox of bubblewrap's."""
+
+    code: Literal["python"]
+    name: str = Field("run_python", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    memory_mb: int = Field(256, ge=64, description="Address space of the interpreter.")
+    disk_mb: int = Field(16, ge=1, description="Of /tmp, in memory, all that can be written to.")
+    cpu_seconds: int = Field(5, ge=1)
+    at_once: int = Field(4, ge=1, description="Sandboxes; further calls wait, within the time-out.")
+    # What runs too long is the model's own code, not a service that is out of order.
+    breaker: BreakerRule | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def _kind(value: Any) -> str | None:
-    for kind in ("openapi", "mcp", "python"):
+    for kind in ("openapi", "mcp", "python", "code"):
         if (kind in value) if isinstance(value, Mapping) else hasattr(value, kind):
             return kind
     return None
@@ -189,10 +205,11 @@ def _kind(value: Any) -> str | None:
 ToolSource = Annotated[
     Annotated[OpenApiSource, Tag("openapi")]
     | Annotated[McpSource, Tag("mcp")]
-    | Annotated[PythonSource, Tag("python")],
+    | Annotated[PythonSource, Tag("python")]
+    | Annotated[CodeSource, Tag("code")],
     Discriminator(
         _kind,
         custom_error_type="tool_kind",
-        custom_error_message="a tool needs one of the keys 'openapi', 'mcp' or 'python'",
+        custom_error_message="a tool needs one of the keys 'openapi', 'mcp', 'python' or 'code'",
     ),
 ]

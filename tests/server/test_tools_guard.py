@@ -25,6 +25,7 @@ from server.tools.breaker import Breaker
 from server.tools.openapi import _retry_after
 from server.tools.sources import (
     BreakerRule,
+    CodeSource,
     McpSource,
     OpenApiSource,
     PythonSource,
@@ -207,6 +208,11 @@ async def test_a_function_is_tried_again_if_its_owner_allows_it() -> None:
 async def test_a_rule_about_no_tool_is_refused(flaky: Flaky) -> None:
     with pytest.raises(ToolUnavailable, match=r"`idempotent` names \['gte_it'\]"):
         await called(flaky, "get_it", idempotent=("gte_it",))
+
+
+def test_code_has_no_breaker_unless_its_owner_wants_one() -> None:
+    assert CodeSource(code="python").breaker is None
+    assert McpSource(mcp=("x",)).breaker == BreakerRule()
 
 
 async def test_what_is_down_is_left_alone_until_a_trial_succeeds() -> None:
