@@ -17,6 +17,7 @@ from feedback.types import Episode, Purpose, Turn
 from policy.chat import ParsedTurn
 from policy.engine import Engine
 from policy.types import AdapterRef, Sampling
+from server.agents.context import fitted
 from server.agents.events import (
     RunEnded,
     RunEvent,
@@ -182,7 +183,7 @@ class _Run:
             *request.messages,
         ]
         self.box = agent.toolbox.now()
-        self._prompt_ids = chat.first_prompt(self._messages, self.box.definitions)
+        self._prompt_ids: Sequence[int] = chat.first_prompt(self._messages, self.box.definitions)
         self._turns = 0
         self._prompt_tokens = 0
         self._sampled_tokens = 0
@@ -210,8 +211,10 @@ class _Run:
 
     def next_turn(self) -> TurnDraft | None:
         """Begin the next turn, or None if there is none; then `stop_reason` says why."""
-        if self.stop_reason is None:
-            self.stop_reason = self._exhausted()
+        if self.stop_reason is not None:
+            return None
+        note = self._fit()
+        self.stop_reason = self._exhausted()
         if self.stop_reason is not None:
             return None
         spec = self._agent.spec.sampling
@@ -221,7 +224,7 @@ class _Run:
             max_tokens=min(spec.max_tokens, self._tokens_left(), self._room()),
         )
         stream = self._engine.stream(self._prompt_ids, sampling, adapter=self._adapter)
-        self._draft = TurnDraft(self._turns, self._prompt_ids, stream)
+        self._draft = TurnDraft(self._turns, self._prompt_ids, stream, note)
         return self._draft
 
     def judge(self, draft: TurnDraft) -> None:
@@ -298,6 +301,20 @@ class _Run:
             Usage(self._prompt_tokens, self._sampled_tokens),
             self._turns,
         )
+
+    def _fit(self) -> str | None:
+        """Do to the prompt what the agent's file says if it is too long, and say what was done."""
+        spec = self._agent.spec
+        fit = fitted(
+            self._messages,
+            self._prompt_ids,
+            spec.context,
+            window=self._engine.max_model_len,
+            reserve=min(spec.sampling.max_tokens, self._tokens_left()),
+            render=lambda messages: self._chat.first_prompt(messages, self.box.definitions),
+        )
+        self._messages, self._prompt_ids = list(fit.messages), fit.prompt_ids
+        return fit.note
 
     def _exhausted(self) -> str | None:
         if self._turns >= self._agent.spec.limits.turns:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from feedback.spec import LearningSpec, RewardSpec, Strict, TrainingSpec
 from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
+from server.agents.context import ContextSpec
 from server.tools.sources import ToolSource
 
 NAME_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
@@ -52,6 +53,7 @@ class AgentSpec(Strict):
     tools: tuple[ToolSource, ...] = ()
     limits: Limits = Limits()
     sampling: SamplingSpec = SamplingSpec()
+    context: ContextSpec = ContextSpec()
     reward: RewardSpec = RewardSpec()
     training: TrainingSpec = TrainingSpec()
     practice: str | None = Field(

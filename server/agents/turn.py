@@ -47,7 +47,14 @@ class Tools(Protocol):
 class TurnDraft:
     """A turn in progress."""
 
-    def __init__(self, index: int, prompt_ids: Sequence[int], stream: AsyncIterator[Delta]) -> None:
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: Sequence[int],
+        stream: AsyncIterator[Delta],
+        note: str | None = None,
+    ) -> None:
+        """`note`: what was done to the prompt, for the record."""
         self.index = index
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
@@ -60,6 +67,7 @@ class TurnDraft:
         self._logprobs: list[float] = []
         self.text = ""
         """As the engine streamed it; `server.agents.run` puts the exact text of the ids here."""
+        self._note = note
         self._answers: list[ToolCall | None] = []
         self._stream = stream
         self._started_at = time.time()
@@ -125,7 +133,7 @@ class TurnDraft:
         """The turn as it stands; without log-probabilities if they are no use to training."""
         whole = len(self._logprobs) == len(self.token_ids)
         bad = why_unpackable(self._logprobs)
-        faults = (self.fault, None if bad is None else f"not trained on: {bad}")
+        faults = (self._note, self.fault, None if bad is None else f"not trained on: {bad}")
         return Turn(
             index=self.index,
             prompt_ids=self.prompt_ids,
