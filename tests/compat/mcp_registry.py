@@ -1,11 +1,15 @@
 """Agents on MCP servers as the registries have them today: `make compat`; it needs npx and npm.
 
+npm's by npx, PyPI's by uv, each in an environment of its own.
+
 Not part of `make test`, which fetches nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,17 @@ tools:
 limits: {{turns: 2, tokens: 900, seconds: 60}}
 sampling: {{max_tokens: 800}}
 """,
+    "clock": """
+name: clock
+tools:
+  - mcp: [{uv}, tool, run, --system-certs, --isolated, mcp-server-time, --local-timezone, UTC]
+    tools: [get_current_time, convert_time]
+    bind: {{convert_time: {{target_timezone: Asia/Tokyo}}}}
+    trust_hints: true
+    start_seconds: 240
+limits: {{turns: 2, tokens: 900, seconds: 60}}
+sampling: {{max_tokens: 800}}
+""",
 }
 
 
@@ -47,7 +62,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     shelf.mkdir()
     (shelf / "a.txt").write_text("lamps")
     for name, text in AGENTS.items():
-        write_agent(folder, text.format(folder=shelf), name)
+        write_agent(folder, text.format(folder=shelf, uv=Path(sys.executable).parent / "uv"), name)
     with running(settings_in(folder), scripted_parts(folder), start_seconds=300) as house:
         yield house
 
@@ -92,3 +107,15 @@ def test_server_everything(house: House) -> None:
     seen = json.loads(answer(house, "everything", "e_get-env")[1].partition("…")[0])
     assert "HOME" in seen
     assert not [name for name in seen if name.startswith(("PYTEST", "HONE"))]
+
+
+def test_server_time(house: House) -> None:
+    status, said = answer(house, "clock", "get_current_time", timezone="Europe/Prague")
+    assert (status, json.loads(said)["timezone"]) == ("ok", "Europe/Prague")
+    given = {"source_timezone": "Europe/Prague", "time": "12:00"}
+    status, said = answer(house, "clock", "convert_time", **given)
+    assert (status, json.loads(said)["target"]["timezone"]) == ("ok", "Asia/Tokyo")
+    assert re.fullmatch(r"\+[78]\.0h", json.loads(said)["time_difference"])
+    given["target_timezone"] = "America/Lima"
+    assert answer(house, "clock", "convert_time", **given)[0] == "refused"
+    assert answer(house, "clock", "get_current_time", timezone="Moon/Base")[0] == "error"
