@@ -82,7 +82,7 @@ class Guard:
                 break  # the time-out would not leave us to see the answer
             await asyncio.sleep(pause)
             result = await attempts.once()
-        return replace(result, attempts=attempts.made)
+        return result if attempts.made == 1 else replace(result, attempts=attempts.made)
 
 
 @dataclass
