@@ -3,7 +3,8 @@
 The kernel kills the command when its parent dies, even by SIGKILL. The wish is set here, in a
 fresh interpreter that then becomes the command, because code between fork and exec in a process
 with threads may deadlock. With `--group` before PID the interpreter stays, and takes with it what
-the command has started too: `npx` and the like only start what they are named for.
+the command has started too: `npx` and the like only start what they are named for. It also passes
+on what the command writes to stdout, and ends all of it at a line that has no end.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
+LONGEST_LINE = 16 * 2**20
+"""Bytes; who reads the lines keeps each whole."""
 
 
 def die_with_parent(parent: int, sign: signal.Signals = signal.SIGKILL) -> None:
@@ -43,10 +47,28 @@ def run_group(parent: int, command: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
     die_with_parent(parent, signal.SIGHUP)
     try:
-        subprocess.run(command, check=False)  # noqa: S603 - the owner's own command
+        started = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 - the owner's own
     except OSError as error:
         sys.exit(f"{command[0]!r} cannot be started: {error.strerror}")
+    assert started.stdout is not None  # noqa: S101 - narrows
+    lines = threading.Thread(target=_pass_on, args=(started.stdout.fileno(),), daemon=True)
+    lines.start()
+    started.wait()
+    lines.join(1.0)  # its last words; others of the group may hold the pipe open for ever
     os.killpg(0, signal.SIGKILL)
+
+
+def _pass_on(source: int) -> None:
+    """From descriptor `source` to our stdout; ends the group at too long a line."""
+    length = 0
+    while piece := os.read(source, 2**16):
+        begun = piece.rfind(b"\n") + 1
+        length = len(piece) - begun + (0 if begun else length)
+        if length > LONGEST_LINE:
+            print(f"a line of more than {LONGEST_LINE} bytes was cut off", file=sys.stderr)
+            os.killpg(0, signal.SIGKILL)
+        while piece:
+            piece = piece[os.write(1, piece) :]
 
 
 def main() -> None:

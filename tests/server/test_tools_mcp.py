@@ -279,6 +279,20 @@ async def test_an_endless_answer_fails_its_own_call_only() -> None:
             assert (await call(box, "count", shelf="a")).status == "ok"
 
 
+async def test_a_line_without_end_ends_the_server_that_writes_it() -> None:
+    async with opened(McpSource(mcp=BARE, timeout_seconds=20)) as box:
+        fits = await call(box, "echo", text="x" * 2**20)
+        assert (fits.status, len(fits.text) > 4000) == ("ok", True)
+        flooded = await call(box, "stray", text=str(17 * 2**20))
+        assert (flooded.status, flooded.trouble) == ("error", "down")
+        meanwhile = await call(box, "echo")
+        assert "a line of more than 16777216 bytes was cut off" in meanwhile.text
+        deadline = time.monotonic() + 20
+        while (again := await call(box, "echo", text="again")).status != "ok":
+            assert time.monotonic() < deadline, again
+            await asyncio.sleep(0.05)
+
+
 async def test_streamable_http_through_changes_and_a_restart(tmp_path: Path) -> None:
     port = free_port()
     source = McpSource(mcp=f"http://127.0.0.1:{port}/mcp", timeout_seconds=2)
