@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from server.tools.base import ToolUnavailable
 from server.tools.seccomp import filter_program
+from server.uncancelled import to_the_end
 
 _MB = 2**20
 _PIECE = 2**16
@@ -30,6 +32,7 @@ _LIBRARY = str(Path(os.__file__).parent)
 _BEGIN = """
 import os, resource as r, sys
 memory, disk, cpu = map(int, sys.argv[1:])
+print("ready", flush=True)
 code = sys.stdin.buffer.read()
 with open("/tmp/code.py", "wb") as file:
     file.write(code)
@@ -40,6 +43,7 @@ for what, limit in ((r.RLIMIT_AS, memory), (r.RLIMIT_FSIZE, disk), (r.RLIMIT_NOF
 os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "-u", "/tmp/code.py"])
 """
 """Limits itself, as bubblewrap cannot, and becomes the interpreter of the code on its stdin."""
+_READY = b"ready\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,18 @@ class Sandbox:
 
     async def run(self, code: str) -> Outcome:
         """Run `code` to its end; when cancelled, nothing of it is left."""
+        started: list[asyncio.subprocess.Process] = []
+        try:
+            # Whole, or a process that has begun while we were cancelled would be nobody's.
+            await to_the_end(self._start(started))
+            output, whole = await self._talk(started[0], code)
+        finally:
+            for process in started:
+                await to_the_end(_end(process))
+        status = started[0].returncode or 0
+        return Outcome(output, whole, status if status >= 0 else 128 - status)
+
+    async def _start(self, started: list[asyncio.subprocess.Process]) -> None:
         with _readable(self._filter) as descriptor:
             process = await asyncio.create_subprocess_exec(
                 self._bubblewrap,
@@ -92,36 +108,49 @@ class Sandbox:
                 stderr=asyncio.subprocess.STDOUT,
                 env={},
                 pass_fds=(descriptor,),
+                start_new_session=True,
             )
-        assert process.stdout is not None  # noqa: S101 - narrows
-        try:
-            output, whole = await self._talk(process, process.stdout, code)
-        finally:
-            # All that runs inside dies with it. It may have ended by itself.
-            with suppress(ProcessLookupError):
-                process.kill()
-            # What is still in the pipe must be read: asyncio waits for the pipe's end as well.
-            while await process.stdout.read(_PIECE):
-                pass
-            await process.wait()
-        status = process.returncode or 0
-        return Outcome(output, whole, status if status >= 0 else 128 - status)
+        started.append(process)
 
-    async def _talk(
-        self, process: asyncio.subprocess.Process, stdout: asyncio.StreamReader, code: str
-    ) -> tuple[bytes, bool]:
-        assert process.stdin is not None  # noqa: S101 - narrows
-        with suppress(ConnectionError):  # it failed to start, and its output says why
-            process.stdin.write(code.encode("utf-8", "replace"))
-            await process.stdin.drain()
-        process.stdin.close()
-        output = bytearray()
+    async def _talk(self, process: asyncio.subprocess.Process, code: str) -> tuple[bytes, bool]:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None and stdout is not None  # noqa: S101 - narrows
+        # Not before: while bubblewrap sets itself up it does not yet die with us, and must find
+        # nothing to run if we do.
+        output = bytearray(await stdout.readline())
+        if output != _READY:
+            output += await stdout.read(self._limits.output_bytes)
+            await process.wait()
+            return bytes(output), True
+        output.clear()
+        with suppress(ConnectionError):  # it has ended, and its output says why
+            stdin.write(code.encode("utf-8", "replace"))
+            await stdin.drain()
+        stdin.close()
         while piece := await stdout.read(_PIECE):
             output += piece
             if len(output) > self._limits.output_bytes:
                 return bytes(output[: self._limits.output_bytes]), False
         await process.wait()
         return bytes(output), True
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill what is left. What runs inside dies with bubblewrap; while it sets itself up, its own
+    child would not, and so the group is killed."""
+    stdout = process.stdout
+    assert stdout is not None  # noqa: S101 - narrows
+    while process.returncode is None or not stdout.at_eof():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # What is in the pipe must be read: asyncio waits for the pipe's end as well. Whoever holds
+        # it still was missed, and is killed the next time round.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while await stdout.read(_PIECE):
+                    pass
+                break
+    await process.wait()
 
 
 def _interpreter(limits: Limits) -> Iterator[str]:

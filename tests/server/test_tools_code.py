@@ -19,6 +19,7 @@ import pytest
 from server.tools.base import CallContext, ToolResult, ToolUnavailable
 from server.tools.box import open_toolbox
 from server.tools.code import CodeTool
+from server.tools.sandbox import Limits, Sandbox
 from server.tools.sources import CodeSource
 from tests.server.house import running, scripted_parts, settings_in, wait_until, write_agent
 from tests.server.test_tools_mcp import until
@@ -216,6 +217,19 @@ def _left(disk_mb: int) -> list[str]:
     return found
 
 
+def _runs(disk_mb: int) -> bool:
+    """Whether that sandbox is past its beginning, and the code runs."""
+    owners = set(_left(disk_mb))
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent in owners and "/tmp/code.py" in (folder / "cmdline").read_text():
+                return True
+        except OSError:
+            continue
+    return False
+
+
 ENDLESS = "import time\nwhile True: time.sleep(1)"
 
 
@@ -227,12 +241,25 @@ async def test_nothing_is_left_of_what_is_given_up(how: str) -> None:
     seconds = {"timeout": 1.0, "cancelled": 60.0}[how]
     box = await open_toolbox([CodeSource(code="python", disk_mb=disk, timeout_seconds=seconds)])
     call = asyncio.create_task(box.call("run_python", {"code": ENDLESS}, CONTEXT))
-    await until(lambda: len(_left(disk)) > 1)
+    await until(lambda: _runs(disk))
     if how == "cancelled":
         call.cancel()
     (result,) = await asyncio.gather(call, return_exceptions=True)
     assert how == getattr(result, "status", "cancelled")
     await until(lambda: not _left(disk))
+
+
+@sandboxed
+async def test_nothing_is_left_whenever_it_is_cancelled() -> None:
+    """While bubblewrap starts, too: its child does not yet die with it then."""
+    sandbox = Sandbox(Limits(memory_mb=128, disk_mb=10, cpu_seconds=5, output_bytes=99))
+    for moment in range(12):
+        running = asyncio.create_task(sandbox.run(ENDLESS))
+        await asyncio.sleep(0.004 * moment)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running, 10)
+    await until(lambda: not _left(10))
 
 
 @sandboxed
@@ -242,7 +269,7 @@ def test_nothing_is_left_when_the_server_is_killed() -> None:
         f"asyncio.run(Sandbox(Limits(128, 9, 5, 99)).run({ENDLESS!r}))"
     )
     server = subprocess.Popen([sys.executable, "-c", program])
-    wait_until(lambda: len(_left(9)) > 1, 20)
+    wait_until(lambda: _runs(9), 20)
     server.kill()
     server.wait()
     wait_until(lambda: not _left(9))
