@@ -138,8 +138,11 @@ class Sandbox:
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill what is left. What runs inside dies with bubblewrap; while it sets itself up, its own
     child would not, and so the group is killed."""
-    stdout = process.stdout
-    assert stdout is not None  # noqa: S101 - narrows
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None and stdout is not None  # noqa: S101 - narrows
+    # One that is orphaned before it would die with bubblewrap waits for code, in a session of its
+    # own where no signal to the group reaches it: the end of its input ends it.
+    stdin.close()
     while process.returncode is None or not stdout.at_eof():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -285,8 +285,6 @@ async def test_a_line_without_end_ends_the_server_that_writes_it() -> None:
         assert (fits.status, len(fits.text) > 4000) == ("ok", True)
         flooded = await call(box, "stray", text=str(17 * 2**20))
         assert (flooded.status, flooded.trouble) == ("error", "down")
-        meanwhile = await call(box, "echo")
-        assert "a line of more than 16777216 bytes was cut off" in meanwhile.text
         deadline = time.monotonic() + 20
         while (again := await call(box, "echo", text="again")).status != "ok":
             assert time.monotonic() < deadline, again
