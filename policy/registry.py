@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,22 +21,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from policy.types import Adapter, AdapterRef, Probe
-from policy.validation import (
-    CONFIG,
-    MANIFEST,
-    WEIGHTS,
+from policy.adapter_config import CONFIG, read_json
+from policy.adapter_weights import WEIGHTS
+from policy.registry_errors import (
     AdapterCorrupt,
     AdapterInvalid,
     AdapterMissing,
     AdapterUnreadable,
     RegistryError,
-    check_adapter,
-    check_files,
-    read_json,
 )
+from policy.types import Adapter, AdapterRef, Probe
+from policy.validation import MANIFEST, MAX_JSON_BYTES, check_adapter, check_files
 
 __all__ = ["AdapterCorrupt", "AdapterInvalid", "AdapterMissing", "AdapterUnreadable"]
 __all__ += ["Registry", "RegistryError"]
@@ -142,15 +140,23 @@ class Registry:
         return found
 
     def verify(self, ref: AdapterRef) -> Adapter:
-        """`get`, and the files are still what was published. Raises AdapterCorrupt if not."""
+        """`get`, and the files are still what was published. Raises AdapterCorrupt if not.
+
+        A folder that was put here by hand may agree with itself: it must pass what drafts pass.
+        """
         adapter = self.get(ref)
         with self._reading(ref, "is damaged"):
-            check_files(adapter.path)
+            check_files(adapter.path, is_draft=False)
             digest = _digest(adapter.path)
         if digest != adapter.digest:
             raise AdapterCorrupt(
                 f"{ref} has digest {digest}; expected {adapter.digest}, as published; roll back "
                 "and delete it"
+            )
+        with self._reading(ref, "is damaged"):
+            # Not by `max_rank`, which is a setting: lowered, it damages no version.
+            check_adapter(
+                adapter.path, max_rank=adapter.rank, base_folder=self._base_folder, is_draft=False
             )
         return adapter
 
@@ -198,10 +204,14 @@ class Registry:
     def _read(self, ref: AdapterRef) -> Adapter:
         with self._reading(ref, f"has no readable {MANIFEST}"):
             self._check_present(ref)
-            manifest = _Manifest.model_validate_json((self._folder(ref) / MANIFEST).read_bytes())
+            file = self._folder(ref) / MANIFEST
+            _check_plain(file)
+            manifest = _Manifest.model_validate_json(file.read_bytes())
+            _check_numbers(manifest.metrics, manifest.probe)
+            adapter = self._adapter(ref, manifest)
         if manifest.name != str(ref):
             raise AdapterCorrupt(f"the folder of {ref} holds {manifest.name!r}; was it moved?")
-        return self._adapter(ref, manifest)
+        return adapter
 
     @contextmanager
     def _reading(self, ref: AdapterRef, damage: str) -> Iterator[None]:
@@ -210,7 +220,7 @@ class Registry:
             yield
         except (AdapterMissing, AdapterCorrupt):
             raise
-        except (AdapterInvalid, ValidationError, FileNotFoundError) as error:
+        except (AdapterInvalid, ValueError, FileNotFoundError) as error:
             self._check_present(ref)  # else its folder went away meanwhile, as a mount does
             raise AdapterCorrupt(f"{ref} {damage}: {error}") from error
         except OSError as error:
@@ -232,6 +242,15 @@ class Registry:
         )
 
 
+def _check_plain(file: Path) -> None:
+    """Before it is opened: a FIFO would hold its reader for ever."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+        raise AdapterInvalid(
+            f"{file.name!r} is no plain file of at most {MAX_JSON_BYTES} bytes, as it was written"
+        )
+
+
 def _check_numbers(metrics: Mapping[str, float], probe: Probe | None) -> None:
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise AdapterInvalid(f"metrics {bad} are not finite")
@@ -243,6 +262,8 @@ def _check_numbers(metrics: Mapping[str, float], probe: Probe | None) -> None:
             f"probe has {sizes[0] + 1} tokens, {sizes[1]} and {sizes[2]} log-probabilities; "
             "expected one less than tokens, of each"
         )
+    if min(probe.token_ids) < 0:
+        raise AdapterInvalid(f"probe has token {min(probe.token_ids)}; expected ids from 0 up")
     if not all(map(math.isfinite, (*probe.logprobs, *probe.base_logprobs))):
         raise AdapterInvalid("probe has log-probabilities that are not finite")
 

@@ -219,7 +219,9 @@ async def _start(
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
     access = _open_access(settings, store, counted, stack)
     log = WatchedLog(writer, Watchers(watchers), access.limits.note_tokens)
-    registry = Registry(settings.model.adapters, base.digest, settings.model.max_lora_rank)
+    registry = Registry(
+        settings.model.adapters, base.digest, settings.model.max_lora_rank, base_folder=base.path
+    )
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
     leases = Leases()
     controller = ReleaseController(

@@ -32,10 +32,9 @@ from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
 from feedback.wakeup import Wakeup, pause_of
-from policy.registry import Registry
+from policy.registry import AdapterInvalid, Registry, RegistryError
 from policy.releases import ReleaseConflict, ReleaseError, ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
-from policy.validation import AdapterInvalid, RegistryError
 from trainer.algorithms.choice import chosen
 from trainer.baseline import Baseline
 from trainer.batch import Sample, sample_of
@@ -244,7 +243,7 @@ class Trainer:
         if candidate.parent != live:
             self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
             return
-        verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate))
+        verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate, spec))
         if not verdict.passed:
             self._reject(ref, verdict.reason, verdict.figures)
             return

@@ -1,9 +1,11 @@
-"""Publishing: refusals with reasons, atomicity under kill -9, numbers that are never reused."""
+"""Publishing: atomicity under kill -9, numbers that are never reused, damage told from absence.
+
+What is refused, and why, is listed in `tests/test_poisoned_adapters.py`.
+"""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from policy.registry import (
     AdapterCorrupt,
@@ -25,40 +25,7 @@ from policy.registry import (
 )
 from policy.types import AdapterRef, Probe
 from policy.validation import check_adapter
-
-BASE = "sha256:base"
-RANK = 4
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-DOWN = "base_model.model.model.layers.0.mlp.down_proj"
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": RANK,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "down_proj"],
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-}
-Tensors = dict[str, np.ndarray[Any, Any]]
-
-
-def tensors(seed: int = 0) -> Tensors:
-    random = np.random.default_rng(seed)
-    shapes = {
-        f"{Q}.lora_A.weight": (RANK, 8),
-        f"{Q}.lora_B.weight": (8, RANK),
-        f"{DOWN}.lora_A.weight": (RANK, 16),
-        f"{DOWN}.lora_B.weight": (8, RANK),
-    }
-    return {name: random.normal(size=s).astype(np.float32) for name, s in shapes.items()}
-
-
-def write_draft(folder: Path, seed: int = 0) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
-    save_file(tensors(seed), folder / "adapter_model.safetensors")
-    return folder
+from tests.policy.adapter_drafts import BASE, RANK, in_bfloat16, write_base, write_draft
 
 
 @pytest.fixture
@@ -68,165 +35,12 @@ def draft(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    weights = {
-        "model.embed_tokens.weight": np.zeros((32, 8), np.float32),
-        "model.layers.0.self_attn.q_proj.weight": np.zeros((8, 8), np.float32),
-        "model.layers.0.mlp.down_proj.weight": np.zeros((8, 16), np.float32),
-        "model.layers.0.input_layernorm.weight": np.zeros(8, np.float32),
-    }
-    save_file(weights, folder / "model.safetensors")
-    return folder
+    return write_base(tmp_path / "base")
 
 
 @pytest.fixture
 def registry(tmp_path: Path, base_folder: Path) -> Registry:
     return Registry(tmp_path / "adapters", BASE, 16, base_folder=base_folder)
-
-
-def configured(**changes: Any) -> Callable[[Path], None]:
-    def damage(draft: Path) -> None:
-        (draft / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
-
-    return damage
-
-
-def weighted(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
-    def damage(draft: Path) -> None:
-        values = tensors()
-        change(values)
-        save_file(values, draft / "adapter_model.safetensors")
-
-    return damage
-
-
-def in_bfloat16(*bits: int) -> Callable[[Path], None]:
-    """The weights as bfloat16, of which the first ones have the given bit patterns."""
-
-    def damage(draft: Path) -> None:
-        cut = {n: (v.view(np.uint32) >> 16).astype(np.uint16) for n, v in tensors().items()}
-        cut[f"{Q}.lora_B.weight"].flat[: len(bits)] = bits
-        header, data = {}, b""
-        for name, value in cut.items():
-            offsets = [len(data), len(data) + value.nbytes]
-            header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": offsets}
-            data += value.tobytes()
-        text = json.dumps(header).encode()
-        content = len(text).to_bytes(8, "little") + text + data
-        (draft / "adapter_model.safetensors").write_bytes(content)
-
-    return damage
-
-
-def truncate(draft: Path) -> None:
-    file = draft / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-
-
-def link_weights(draft: Path) -> None:
-    file = draft / "adapter_model.safetensors"
-    file.rename(draft.parent / "elsewhere.safetensors")
-    file.symlink_to(draft.parent / "elsewhere.safetensors")
-
-
-def oversize(draft: Path) -> None:
-    with (draft / "adapter_model.safetensors").open("r+b") as stream:
-        stream.truncate((2 << 30) + 1)  # sparse: takes no space
-
-
-def set_value(value: float) -> Callable[[Tensors], None]:
-    return lambda values: values[f"{Q}.lora_A.weight"].__setitem__((0, 0), value)
-
-
-REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nan": (weighted(set_value(np.nan)), r"q_proj.lora_A.weight' has 1 NaN values of 32"),
-    "inf": (weighted(set_value(-np.inf)), r"q_proj.lora_A.weight' has 1 infinite values of 32"),
-    "bf16 nan": (in_bfloat16(0x7FC0, 0xFFC1), r"lora_B.weight' has 2 NaN values of 32"),
-    "bf16 inf": (in_bfloat16(0x3F80, 0xFF80), r"lora_B.weight' has 1 infinite values of 32"),
-    "integers": (
-        weighted(lambda v: v.update({f"{Q}.lora_A.weight": np.ones((RANK, 8), np.int32)})),
-        r"has type 'I32'; expected one of",
-    ),
-    "no weights": (
-        lambda d: (d / "adapter_model.safetensors").unlink(),
-        r"'adapter_model.safetensors' is missing",
-    ),
-    "no config": (lambda d: (d / "adapter_config.json").unlink(), r"'adapter_config.json' is miss"),
-    "pickle": (
-        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
-        r"'adapter_model.bin' does not belong .*pickled weights are never read",
-    ),
-    "pickle beside": (lambda d: (d / "extra.pt").write_bytes(b"\x80"), r"'extra.pt' does not bel"),
-    "subfolder": (lambda d: (d / "checkpoint").mkdir(), r"'checkpoint' does not belong"),
-    "symlink": (link_weights, r"'adapter_model.safetensors' is a symbolic link"),
-    "truncated": (truncate, r"no readable safetensors file"),
-    "not safetensors": (
-        lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04" * 40),
-        r"no readable safetensors file",
-    ),
-    "oversize": (oversize, r"has 2147483649 bytes; expected at most 2147483648"),
-    "bad json": (lambda d: (d / "adapter_config.json").write_text("{r: 4"), r"is not valid JSON"),
-    "no object": (lambda d: (d / "adapter_config.json").write_text("[]"), r"expected a JSON obj"),
-    "json nan": (configured(lora_alpha=float("nan")), r"NaN is not JSON"),
-    "rank too high": (configured(r=17), r"rank is 17; expected at most 16"),
-    "rank no number": (configured(r=True), r"'r' = True; expected a positive whole number"),
-    "rank disagrees": (configured(r=8), r"expected \(8, in\) and \(out, 8\)"),
-    "not lora": (configured(peft_type="IA3"), r"'peft_type' = 'IA3'; expected 'LORA'"),
-    "dora": (configured(use_dora=True), r"'use_dora' = True; it must be off"),
-    "bias": (configured(bias="all"), r"'bias' = 'all'; expected 'none'"),
-    "modules_to_save": (configured(modules_to_save=["lm_head"]), r"'modules_to_save' = \['lm_he"),
-    "rank pattern": (configured(rank_pattern={"q_proj": 2}), r"'rank_pattern' = .* must be off"),
-    "pissa": (configured(init_lora_weights="pissa"), r"'pissa'; .* change the base model's"),
-    "unknown key": (configured(auto_exec="sh"), r"unknown key 'auto_exec'"),
-    "targets a regex": (configured(target_modules=".*"), r"expected a list of module names"),
-    "target missing": (
-        configured(target_modules=["q_proj", "down_proj", "k_proj"]),
-        r"names 'k_proj', for which there are no weights",
-    ),
-    "untargeted": (configured(target_modules=["q_proj"]), r"is not in target_modules \['q_proj'\]"),
-    "no B": (
-        weighted(lambda v: v.pop(f"{Q}.lora_B.weight")),
-        r"A of shape \(4, 8\) and B of shape None",
-    ),
-    "one dimension": (
-        weighted(lambda v: v.update({f"{Q}.lora_B.weight": np.ones(32, np.float32)})),
-        r"B of shape \(32,\)",
-    ),
-    "foreign tensor": (
-        weighted(lambda v: v.update({"../../etc": np.ones(1, np.float32)})),
-        r"holds '../../etc'; expected only base_model",
-    ),
-    "other sizes than the base": (
-        weighted(lambda v: v.update({f"{DOWN}.lora_A.weight": np.ones((RANK, 8), np.float32)})),
-        r"down_proj' is 8 x 8; in the base model it is 8 x 16",
-    ),
-    "no such layer in the base": (
-        weighted(
-            lambda v: v.update(
-                {n.replace("layers.0", "layers.7"): v.pop(n) for n in list(v) if DOWN in n}
-            )
-        ),
-        r"has no linear module 'model.layers.7.mlp.down_proj'",
-    ),
-    "other base": (
-        lambda d: (d / "manifest.json").write_text('{"base_model": "sha256:other"}'),
-        r"trained on base model 'sha256:other'; expected 'sha256:base'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refuses_a_corrupt_draft_with_its_reason(
-    registry: Registry, draft: Path, case: str
-) -> None:
-    damage, reason = REFUSALS[case]
-    damage(draft)
-    with pytest.raises(AdapterInvalid, match=reason):
-        registry.publish(draft, policy="desk")
-    assert registry.versions("desk") == []
-    good = write_draft(draft.parent / "good")
-    assert registry.publish(good, policy="desk").ref.version == 1  # a refusal uses no number
 
 
 @pytest.mark.parametrize("policy", ["../desk", "Desk", "a/b", "", ".", "desk@v1", "desk\n"])

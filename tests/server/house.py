@@ -237,6 +237,9 @@ def write_agent(folder: Path, text: str = AGENT, name: str = "desk") -> None:
 
 
 def scripted_parts(folder: Path, **changes: Any) -> Parts:
+    (folder / "tiny").mkdir(exist_ok=True)
+    base = {"model.layers.0.self_attn.q_proj.weight": np.zeros((8, 8), np.float32)}
+    save_file(base, folder / "tiny" / "model.safetensors")
     parts: dict[str, Any] = {
         "engine": lambda base, settings: scripted_engine(),
         "openai_routes": scripted_routes,
