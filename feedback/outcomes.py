@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from feedback import events
 from feedback.reward import effective_values
-from feedback.rows import EPISODE, ITEM
+from feedback.rows import EPISODE, ITEM, RUN
 from policy.ownership import owner_of
 
 
@@ -68,3 +68,28 @@ def known(
         )
         for row in rows
     ]
+
+
+def held_aside(
+    connection: Connection, policy: str, version: int, *, limit: int, now: float
+) -> dict[str, float]:
+    """Rewards by episode id of matured episodes of `version` that no run has taken: the newest
+    first. Settle first."""
+    return _rewards(
+        connection, limit, ITEM.c.policy == policy, ITEM.c.state == "ready",
+        ITEM.c.version == version, ITEM.c.matures_at <= now,
+    )  # fmt: skip
+
+
+def trained_on(
+    connection: Connection, policy: str, version: int, *, limit: int
+) -> dict[str, float]:
+    """Rewards by episode id of the batch that `version` was trained on, the newest first."""
+    runs = select(RUN.c.id).where(RUN.c.policy == policy, RUN.c.version == version)
+    return _rewards(connection, limit, ITEM.c.run_id.in_(runs))
+
+
+def _rewards(connection: Connection, limit: int, *where: ColumnElement[bool]) -> dict[str, float]:
+    query = select(ITEM.c.episode_id, ITEM.c.reward).where(*where, ITEM.c.reward.is_not(None))
+    newest = query.order_by(ITEM.c.ended_at.desc(), ITEM.c.episode_id).limit(limit)
+    return {row.episode_id: row.reward for row in connection.execute(newest)}

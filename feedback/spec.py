@@ -48,10 +48,38 @@ class RewardSpec(Strict):
     )
 
 
+class GuardSpec(MetricRange):
+    """A metric that a candidate or a canary must not worsen, part of the reward or not."""
+
+    margin: float = Field(
+        0.05, gt=0, lt=1, description="Loss that must not pass, on the scale of [0, 1]."
+    )
+
+
 class GateSpec(Strict):
     """What a candidate must pass before any traffic."""
 
+    max_norm: float = Field(
+        0.5,
+        gt=0,
+        description="Largest change of a weight matrix, as a part of its own norm.",
+    )
     parity: float = Field(0.05, gt=0, description="Largest |engine - trainer| logprob gap, nats.")
+    episodes: int = Field(
+        64,
+        ge=0,
+        description="Logged episodes on which the trainer's model is read; 0: none.",
+    )
+    max_kl: float = Field(
+        1.0, gt=0, description="Largest mean divergence from the base model, nats a sampled token."
+    )
+    min_entropy: float = Field(0.0, ge=0, description="Lowest mean entropy, nats a sampled token.")
+    max_entropy_rise: float = Field(
+        1.0, gt=0, description="How far the mean entropy may be above the base model's, nats."
+    )
+    min_ess: float = Field(
+        16.0, gt=1, description="Effective episodes from which the off-policy estimate may veto."
+    )
     heldout: str | None = Field(
         None,
         description="Import path 'package.module:name' of held-out tasks; None skips the check.",
@@ -60,12 +88,9 @@ class GateSpec(Strict):
     margin: float = Field(
         0.1, ge=0, le=1, description="How far below the incumbent's success a candidate may fall."
     )
-
-
-class GuardSpec(MetricRange):
-    """A metric that a canary must not worsen, whether or not it is part of the reward."""
-
-    margin: float = Field(0.05, gt=0, lt=1, description="As the canary's, on the scale of [0, 1].")
+    guards: dict[str, GuardSpec] = Field(
+        default_factory=dict, description="Metrics of the held-out tasks that must not fall."
+    )
 
 
 class CanarySpec(Strict):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlmodel import Session
 
 from feedback import claims, episodes, events, outcomes
@@ -126,6 +126,23 @@ class Store:
                 since=since, now=_or_now(now), with_metrics=with_metrics,
             )  # fmt: skip
 
+    def held_aside(
+        self, spec: LearningSpec, version: int, *, limit: int, now: float | None = None
+    ) -> list[RewardedEpisode]:
+        """Matured episodes of `version` that no training run has taken, the newest first."""
+        self._settle(spec)
+        with self.database.connect() as connection:
+            rewards = outcomes.held_aside(
+                connection, spec.policy, version, limit=limit, now=_or_now(now)
+            )
+            return _rewarded(connection, rewards)
+
+    def trained_on(self, policy: str, version: int, *, limit: int) -> list[RewardedEpisode]:
+        """Episodes that `version` was trained on, the newest first."""
+        with self.database.connect() as connection:
+            rewards = outcomes.trained_on(connection, policy, version, limit=limit)
+            return _rewarded(connection, rewards)
+
     # Training
 
     def readiness(
@@ -159,8 +176,7 @@ class Store:
         if grant is None:
             return None
         with self.database.connect() as connection:
-            loaded = episodes.load(connection, list(grant.rewards))
-        rewarded = tuple(RewardedEpisode(episode, grant.rewards[episode.id]) for episode in loaded)
+            rewarded = tuple(_rewarded(connection, grant.rewards))
         return Claim(grant.id, grant.fence, spec.policy, rewarded, grant.dropped, grant.resumed)
 
     def renew(self, claim: Claim, *, lease_seconds: float, now: float | None = None) -> None:
@@ -204,6 +220,11 @@ class Store:
         while more:
             with self._writing.begin() as connection:
                 more = ready.settle(connection, spec)
+
+
+def _rewarded(connection: Connection, rewards: Mapping[str, float]) -> list[RewardedEpisode]:
+    loaded = episodes.load(connection, list(rewards))
+    return [RewardedEpisode(episode, rewards[episode.id]) for episode in loaded]
 
 
 def _or_now(now: float | None) -> float:

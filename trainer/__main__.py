@@ -18,7 +18,10 @@ from policy.base_model import resolve_base_model
 from policy.registry import Registry
 from policy.releases import Releases
 from trainer.checkpoint import Checkpoints
-from trainer.gate import FiniteWeights, Gate, HeldOut, Moved, Parity
+from trainer.gate import Gate, Parity
+from trainer.gate_episodes import OnEpisodes
+from trainer.gate_heldout import HeldOut
+from trainer.gate_weights import BoundedNorm, FiniteWeights, Moved
 from trainer.model import LoraModel
 from trainer.progress import log_to_stderr, logger
 from trainer.settings import TrainerSettings, load_specs
@@ -34,10 +37,13 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
     store = Store.open(settings.storage.database)
     wakeup = open_wakeup(settings.storage.redis)
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
+    model = LoraModel(base.path, device=section.device, dtype=settings.model.dtype)
     gate = Gate(
         [
             FiniteWeights(),
             Moved(),
+            BoundedNorm(model.weight_norm),
+            OnEpisodes(store, model, stop, token_budget=section.microbatch_tokens),
             Parity(releases, stop, seconds=section.gate_seconds),
             HeldOut(section.base_url, stop, seconds=section.gate_seconds, seed=section.seed),
         ]
@@ -52,7 +58,7 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
             base_folder=base.path,
         ),
         checkpoints=Checkpoints(section.checkpoints),
-        model=LoraModel(base.path, device=section.device, dtype=settings.model.dtype),
+        model=model,
         gate=gate,
         settings=section,
         stop=stop,

@@ -40,6 +40,23 @@ class TokenLogprobs:
     """Float32 [N], nats, without gradient."""
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An adapter and its base model at the trained tokens of a microbatch, at their temperature.
+
+    Divergence and entropies are over the whole vocabulary, so that they are exact at each context.
+    """
+
+    logprobs: Tensor
+    """Float32 [N], nats: the adapter's, of the sampled tokens."""
+    kl_base: Tensor
+    """Float32 [N], nats: KL(adapter || base)."""
+    entropy: Tensor
+    """Float32 [N], nats: the adapter's."""
+    base_entropy: Tensor
+    """Float32 [N], nats."""
+
+
 class LoraModel:
     """One base model and, between `attach` and `detach`, one trainable adapter."""
 
@@ -98,12 +115,7 @@ class LoraModel:
 
     def logprobs(self, batch: Microbatch) -> TokenLogprobs:
         """log p of every trained token, given all before it in its row."""
-        causal = self._attached.base_model.model
-        hidden = causal.base_model(
-            input_ids=batch.input_ids.to(self._device), use_cache=False
-        ).last_hidden_state
-        picked = hidden[batch.row.to(self._device), batch.context.to(self._device)]
-        head = causal.get_output_embeddings()
+        picked, head = self._hidden(batch), self._head
         targets, temperature = batch.targets.to(self._device), batch.temperature.to(self._device)
         size = max(1, HEAD_ELEMENTS // head.weight.shape[0])
         if len(picked) <= size:
@@ -128,6 +140,30 @@ class LoraModel:
         with self._attached.disable_adapter():
             return self.logprobs(batch).logprobs
 
+    @torch.no_grad()
+    def compare(self, batch: Microbatch) -> Comparison:
+        """The adapter beside the base model, at every trained token of a microbatch."""
+        peft, size = self._attached, max(1, HEAD_ELEMENTS // self._head.weight.shape[0])
+        hidden = self._hidden(batch)
+        with peft.disable_adapter():
+            base_hidden = self._hidden(batch)
+        targets, temperature = batch.targets.to(self._device), batch.temperature.to(self._device)
+        pieces = []
+        for part in torch.split(torch.arange(len(targets), device=self._device), size):
+            every = _distribution(self._head, hidden[part], temperature[part])
+            with peft.disable_adapter():
+                base = _distribution(self._head, base_hidden[part], temperature[part])
+            pieces.append((every.gather(-1, targets[part, None])[:, 0], *_divergences(every, base)))
+        return Comparison(*(torch.cat(column).cpu() for column in zip(*pieces, strict=True)))
+
+    def weight_norm(self, module: str) -> float:
+        """Frobenius norm of a base matrix, such as 'model.layers.0.self_attn.q_proj'; 0 if there
+        is none. Between `detach` and `attach` only."""
+        try:
+            return float(self._base.get_submodule(module).weight.float().norm())
+        except AttributeError:
+            return 0.0
+
     def probe(self, token_ids: list[int]) -> Probe:
         """What the adapter, and the base without it, say of a token sequence at temperature 1."""
         return Probe(
@@ -135,6 +171,18 @@ class LoraModel:
             tuple(self._sequence_logprobs(token_ids, with_adapter=True)),
             tuple(self._sequence_logprobs(token_ids, with_adapter=False)),
         )
+
+    def _hidden(self, batch: Microbatch) -> Tensor:
+        """What predicts each trained token, [N, H]."""
+        hidden = self._attached.base_model.model.base_model(
+            input_ids=batch.input_ids.to(self._device), use_cache=False
+        ).last_hidden_state
+        picked: Tensor = hidden[batch.row.to(self._device), batch.context.to(self._device)]
+        return picked
+
+    @property
+    def _head(self) -> Any:
+        return self._attached.base_model.model.get_output_embeddings()
 
     @property
     def _attached(self) -> Any:
@@ -156,8 +204,19 @@ def _score(
     head: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
     """log softmax(head(hidden) / T)[target] and the entropy: [N, H] -> [N], [N]."""
-    logits = head(hidden).float() / temperature[:, None]
-    every = logits.log_softmax(-1)
+    every = _distribution(head, hidden, temperature)
     detached = every.detach()
     entropy = -(detached.exp() * detached).sum(-1)
     return every.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def _distribution(head: torch.nn.Module, hidden: Tensor, temperature: Tensor) -> Tensor:
+    """log softmax(head(hidden) / T): [N, H] -> [N, V]."""
+    logits: Tensor = head(hidden).float() / temperature[:, None]
+    return logits.log_softmax(-1)
+
+
+def _divergences(every: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(p || q) = sum p (log p - log q), then the entropies of p and q: [N, V] twice -> [N]."""
+    p, q = every.exp(), base.exp()
+    return (p * (every - base)).sum(-1), -(p * every).sum(-1), -(q * base).sum(-1)

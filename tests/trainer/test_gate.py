@@ -7,17 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import trainer.gate
-from feedback.spec import GateSpec
+from feedback.spec import GateSpec, GuardSpec
 from feedback.store import Store
 from policy.releases import Releases
 from policy.types import Adapter, AdapterRef
-from trainer.gate import FiniteWeights, Gate, HeldOut, Moved, Parity, Trial, load_tasks
+from trainer.gate import Gate, Parity, Trial
+from trainer.gate_heldout import HeldOut, load_tasks
+from trainer.gate_weights import BoundedNorm, FiniteWeights, Moved
 from trainer.stop import Stop, Stopped
 
 LIVE = AdapterRef("line", 1)
@@ -34,6 +37,7 @@ def write(folder: Path, *, b: float, a: float = 0.5) -> Path:
         },
         folder / "adapter_model.safetensors",
     )
+    (folder / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
     return folder
 
 
@@ -68,6 +72,23 @@ def test_an_update_without_effect_is_found(tmp_path: Path, trial: Callable[..., 
     finding = Moved().judge(trial(moved, live))
     assert finding.passed
     assert finding.figures["largest_weight_change"] == pytest.approx(0.025)
+
+
+def test_an_update_may_not_be_large_beside_the_weights_that_it_is_added_to(
+    tmp_path: Path, trial: Callable[..., Trial]
+) -> None:
+    # B A is 4 x 4 with 2 * b * 0.5 everywhere: its norm is 4 b. The scaling is 8 / 2.
+    live, step = write(tmp_path / "live", b=0.5), write(tmp_path / "step", b=0.53)
+    norms = {"model.layers.0.self_attn.q_proj": 2.0}
+    finding = BoundedNorm(norms.__getitem__).judge(trial(step, live))
+    assert finding.passed
+    assert finding.figures["largest_norm"] == pytest.approx(4 * 4 * 0.03 / 2, rel=1e-4)
+    finding = BoundedNorm(norms.__getitem__).judge(trial(step))
+    assert not finding.passed, "from the base model it is a leap"
+    assert re.search(
+        r"q_proj changed by 4.24 of the base matrix's norm.*at most 0.5", finding.reason
+    )
+    assert not BoundedNorm(lambda module: 0.0).judge(trial(step, live)).passed
 
 
 @pytest.fixture
@@ -173,6 +194,28 @@ def test_held_out_success_may_fall_by_the_margin_and_no_further(
     assert len({seed for *_, seed in exam.asked}) == 2
 
 
+def test_a_guard_that_held_out_tasks_report_may_not_fall(
+    exam: Exam, trial: Callable[..., Trial]
+) -> None:
+    guards = {"seconds": GuardSpec(low=10, high=0, margin=0.1), "polite": GuardSpec()}
+    spec = SPEC.model_copy(update={"guards": guards})
+    told: dict[str, list[Any]] = {
+        "line@v1": [{"success": 1, "seconds": 2.0}, {"success": 0, "seconds": 4.0}],
+        "line@v2": [{"success": 1, "seconds": 3.0}, {"success": 1}],
+        "line@v3": [{"success": 1, "seconds": 5.0}, 1.0],
+    }
+    exam.results = told
+    check = HeldOut("", Stop(), seconds=5, seed=0)
+    finding = check.judge(trial(spec=spec))
+    assert finding.passed
+    assert finding.figures["heldout_seconds"] == pytest.approx(0.7)
+    assert finding.figures["heldout_seconds_incumbent"] == pytest.approx(0.7)
+    assert "say nothing of guard 'polite'" in finding.reason
+    finding = check.judge(trial(spec=spec, ref=AdapterRef("line", 3)))
+    assert not finding.passed
+    assert "guard 'seconds' fell from 0.700 to 0.500" in finding.reason
+
+
 def test_held_out_tasks_are_tried_again_while_the_server_restarts(
     exam: Exam, trial: Callable[..., Trial]
 ) -> None:
@@ -184,9 +227,9 @@ def test_held_out_tasks_are_tried_again_while_the_server_restarts(
     assert "the server is restarting" in finding.reason
 
 
-@pytest.mark.parametrize("values", [[], [0.5, 1.5], [float("nan")]])
+@pytest.mark.parametrize("values", [[], [0.5, 1.5], [float("nan")], [1.0, {"seconds": 2.0}]])
 def test_nonsense_from_held_out_tasks_fails_the_candidate(
-    exam: Exam, trial: Callable[..., Trial], values: list[float]
+    exam: Exam, trial: Callable[..., Trial], values: list[Any]
 ) -> None:
     exam.results = {"line@v1": [1.0], "line@v2": values}
     finding = HeldOut("", Stop(), seconds=5, seed=0).judge(trial(spec=SPEC))
