@@ -17,7 +17,7 @@ from sqlmodel import Session
 
 from feedback.errors import LeaseLost
 from feedback.locks import lock_items
-from feedback.readiness import count_drops, line_of, pool_of, triggered
+from feedback.readiness import count_drops, line_of, near_versions, pool_of, triggered
 from feedback.rows import ITEM, LINE, RUN
 from feedback.spec import LearningSpec
 from feedback.training import Claim, TrainingRun
@@ -43,6 +43,7 @@ def grant(
     owner: str,
     lease_seconds: float,
     now: float,
+    oldest_version: int | None = None,
 ) -> Grant | None:
     """Take over an unfinished batch, or take a new one if training is triggered. Settle first.
 
@@ -53,8 +54,9 @@ def grant(
     expires = now + lease_seconds
     run = _unfinished(connection, spec.policy, owner, now) if spec.training.enabled else None
     if run is None:
-        _drop_stale(connection, spec, live_version, now)
-        if not triggered(spec.training, pool_of(connection, spec, live_version, now), now):
+        near = near_versions(spec.training, live_version, oldest_version)
+        _drop_stale(connection, spec, near, now)
+        if not triggered(spec.training, pool_of(connection, spec, near, now), now):
             return None
         run_id = _new_run(connection, spec, live_version, owner, now)
         if run_id is None:
@@ -144,11 +146,11 @@ def _unfinished(connection: Connection, policy: str, owner: str, now: float) -> 
     ).first()
 
 
-def _drop_stale(connection: Connection, spec: LearningSpec, live_version: int, now: float) -> None:
-    """Versions above live count by distance too: rejected or rolled back, they are off-policy."""
-    staleness = spec.training.max_staleness
-    near = ITEM.c.version.between(live_version - staleness, live_version + staleness)
-    far = (ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now, ~near)
+def _drop_stale(
+    connection: Connection, spec: LearningSpec, near: tuple[int, int], now: float
+) -> None:
+    within = ITEM.c.version.between(*near)
+    far = (ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now, ~within)
     lock_items(connection, *far)
     result = connection.execute(
         update(ITEM).where(*far), {"state": "dropped", "drop_reason": "stale"}

@@ -34,7 +34,7 @@ class Pool:
 
     ready: int = 0
     stale: int = 0
-    """Matured, and too far from the live version."""
+    """Matured, and of a version too far from the live one."""
     immature: int = 0
     waiting_since: float | None = None
     """When the one that waits longest became ready."""
@@ -124,7 +124,20 @@ def count_drops(connection: Connection, policy: str, drops: Mapping[str, int]) -
     )
 
 
-def pool_of(connection: Connection, spec: LearningSpec, live_version: int, now: float) -> Pool:
+def near_versions(
+    training: TrainingSpec, live_version: int, oldest_version: int | None
+) -> tuple[int, int]:
+    """The lowest and the highest version whose episodes are fresh enough.
+
+    Below live it is `oldest_version`, which only who knows the releases can say; else numbers are
+    counted, rejected versions among them. Above live, rejected or rolled back, are off-policy too.
+    """
+    reach = training.max_staleness
+    oldest = live_version - reach if oldest_version is None else min(oldest_version, live_version)
+    return oldest, live_version + reach
+
+
+def pool_of(connection: Connection, spec: LearningSpec, near: tuple[int, int], now: float) -> Pool:
     """Count the settled episodes by what keeps them from training. One index, no table rows."""
     matured = ITEM.c.matures_at <= now
     rows = connection.execute(
@@ -138,7 +151,7 @@ def pool_of(connection: Connection, spec: LearningSpec, live_version: int, now: 
         )
         .group_by(ITEM.c.version)
     ).all()
-    fresh = [row for row in rows if abs(row.version - live_version) <= spec.training.max_staleness]
+    fresh = [row for row in rows if near[0] <= row.version <= near[1]]
     ready = sum(row.matured for row in fresh)
     return Pool(
         ready=ready,
@@ -159,10 +172,10 @@ def triggered(training: TrainingSpec, pool: Pool, now: float) -> bool:
 
 
 def readiness(
-    connection: Connection, spec: LearningSpec, *, live_version: int, now: float
+    connection: Connection, spec: LearningSpec, near: tuple[int, int], now: float
 ) -> Readiness:
     """The counts, and why a claim would or would not be granted. Settle first."""
-    pool = pool_of(connection, spec, live_version, now)
+    pool = pool_of(connection, spec, near, now)
     counts = {state: _count(connection, spec.policy, state) for state in _COUNTED}
     trained = connection.execute(
         select(func.coalesce(func.sum(RUN.c.n_episodes), 0)).where(

@@ -163,7 +163,7 @@ class TrainingSpec(Strict):
         None, gt=0, description="Train on fewer once the oldest matured episode waited this long."
     )
     max_staleness: int = Field(
-        4, ge=0, description="Drop episodes sampled by a version further than this behind live."
+        4, ge=0, description="Drop episodes sampled more than this many live versions ago."
     )
     epochs: int = Field(1, ge=1)
     minibatch_episodes: int = Field(32, ge=1)

@@ -146,12 +146,18 @@ class Store:
     # Training
 
     def readiness(
-        self, spec: LearningSpec, *, live_version: int, now: float | None = None
+        self,
+        spec: LearningSpec,
+        *,
+        live_version: int,
+        oldest_version: int | None = None,
+        now: float | None = None,
     ) -> Readiness:
-        """Why training is, or is not, under way."""
+        """Why training is, or is not, under way. For `oldest_version` see `claim`."""
         self._settle(spec)
+        near = ready.near_versions(spec.training, live_version, oldest_version)
         with self.database.connect() as connection:
-            return ready.readiness(connection, spec, live_version=live_version, now=_or_now(now))
+            return ready.readiness(connection, spec, near, _or_now(now))
 
     def claim(
         self,
@@ -160,15 +166,21 @@ class Store:
         live_version: int,
         owner: str,
         lease_seconds: float,
+        oldest_version: int | None = None,
         now: float | None = None,
     ) -> Claim | None:
-        """A batch to train on: an unfinished one first, else a new one if training is triggered."""
+        """A batch to train on: an unfinished one first, else a new one if training is triggered.
+
+        `oldest_version` is the lowest whose episodes are fresh enough; without it, the one whose
+        number is `max_staleness` below the live one's.
+        """
         self._settle(spec)
         with self._writing.begin() as connection:
             grant = claims.grant(
                 connection,
                 spec,
                 live_version=live_version,
+                oldest_version=oldest_version,
                 owner=owner,
                 lease_seconds=lease_seconds,
                 now=_or_now(now),

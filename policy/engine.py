@@ -17,7 +17,8 @@ class EngineError(Exception):
 
     EngineError
     ├── AdapterNotLoaded   no such version is loaded
-    ├── AdapterRefused     a version failed validation or its probe, and is not loaded
+    ├── AdapterRefused     a version is not loaded; the engine may take it another time
+    │   └── ProbeFailed    it does not answer as its trainer says, which is for good
     ├── PromptTooLong      prompt and max_tokens do not fit the context window
     ├── EngineDead         the engine is gone; the process must be restarted
     └── EngineUnreachable  a remote engine does not answer now; it may again
@@ -29,6 +30,10 @@ class AdapterNotLoaded(EngineError):
 
 
 class AdapterRefused(EngineError):
+    pass
+
+
+class ProbeFailed(AdapterRefused):
     pass
 
 

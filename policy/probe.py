@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from policy.engine import AdapterRefused
+from policy.engine import ProbeFailed
 from policy.types import AdapterRef, Probe, ProbeReport
 
 SMALLEST_SHIFT = 1e-4
@@ -29,7 +29,7 @@ def judge_probe(
     *,
     tolerance: float,
 ) -> ProbeReport:
-    """Parity and shift of an engine's answer; raises AdapterRefused if either is wrong.
+    """Parity and shift of an engine's answer; raises ProbeFailed if either is wrong.
 
     `tolerance` is the largest allowed |engine - trainer| in nats. An adapter that the trainer
     itself saw do nothing (a fresh one) may do nothing here too.
@@ -39,14 +39,14 @@ def judge_probe(
         largest_shift=largest_gap(under_adapter, under_base),
     )
     if report.largest_gap > tolerance:
-        raise AdapterRefused(
+        raise ProbeFailed(
             f"{ref} answers its probe {report.largest_gap:.3g} nats away from what the trainer"
             f" recorded; at most {tolerance:.3g} is allowed. The engine and the trainer do not run"
             " the same weights: check the base model and the adapter's module names"
         )
     recorded_shift = largest_gap(probe.logprobs, probe.base_logprobs)
     if report.largest_shift <= SMALLEST_SHIFT < recorded_shift:
-        raise AdapterRefused(
+        raise ProbeFailed(
             f"{ref} changes nothing: its largest shift from the base model is"
             f" {report.largest_shift:.3g} nats where the trainer recorded {recorded_shift:.3g}."
             " Its weights are probably under names that the engine does not know"

@@ -20,7 +20,8 @@ ReleaseStateName = Literal[
 episodes; live: takes the rest; retired: was live, replaced by a newer one; rejected: never to be
 served; rolled_back: was live or a canary and taken back; deleted: no longer on disk."""
 Mark = Literal["pinned", "unpinned"]
-"""What may be said of a version whatever its state: pinned, it is kept on disk for ever."""
+"""What may be said of a version whatever its state: pinned, it is kept on disk for ever, and only a
+person replaces it while it is live."""
 
 
 class Change(NamedTuple):
@@ -80,7 +81,7 @@ class ReleaseState:
     """The last state of each version that has events."""
     canary: Canary | None = None
     pinned: frozenset[int] = frozenset()
-    """Versions that are kept on disk."""
+    """Versions that are kept on disk, and in traffic if they are live."""
     sequence: int = 0
     """How many events this is the sum of: the sequence of the last one."""
 
@@ -98,6 +99,16 @@ class ReleaseState:
     def previous(self) -> AdapterRef:
         """Where a rollback would lead."""
         return AdapterRef(self.policy, self.history[-1] if self.history else 0)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether what is live is pinned: only a person replaces it then."""
+        return self.live.version in self.pinned
+
+    def live_before(self, steps: int) -> int:
+        """The lowest of the live version and the `steps` versions that were live before it."""
+        lives = (0, *self.history, self.live.version)
+        return min(lives[-1 - steps :]) if steps < len(lives) else 0
 
     def _in_state(self, wanted: ReleaseStateName) -> tuple[AdapterRef, ...]:
         versions = sorted(version for version, state in self.states.items() if state == wanted)

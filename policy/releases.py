@@ -1,7 +1,8 @@
 """Which version of a policy answers: an append-only table of release events, and its fold.
 
-Events are only ever inserted; the present state is folded from them, so a rollback needs neither
-the trainer nor a restart. Loading and routing are the server's; the folders are the registry's.
+Events are only ever inserted; the present state is folded from them (`release_state`), so that a
+rollback needs neither the trainer nor a restart. Loading and routing are the server's; the folders
+are the registry's.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 from sqlalchemy import (
-    JSON,
-    Column,
     ColumnElement,
     Engine,
-    UniqueConstraint,
     and_,
     false,
     func,
@@ -25,13 +23,20 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Session
-from sqlmodel import Field, SQLModel, col
+from sqlmodel import col
 
 from policy.ownership import owner_column, owner_of
+from policy.release_errors import (
+    LivePinned,
+    NothingToRollBack,
+    NotPromotable,
+    ReleaseConflict,
+    ReleaseError,
+)
+from policy.release_rows import ReleaseEventRow, event_of, state_named
 from policy.release_state import (
     Canary,
     Change,
-    Mark,
     ReleaseEvent,
     ReleaseState,
     ReleaseStateName,
@@ -39,66 +44,26 @@ from policy.release_state import (
 )
 from policy.types import AdapterRef
 
-__all__ = ["Canary", "NotPromotable", "NothingToRollBack", "ReleaseConflict", "ReleaseError"]
-__all__ += ["ReleaseEvent", "ReleaseEventRow", "ReleaseState", "ReleaseStateName", "Releases"]
+__all__ = ["Canary", "LivePinned", "NotPromotable", "NothingToRollBack", "ReleaseConflict"]
+__all__ += [
+    "ReleaseError",
+    "ReleaseEvent",
+    "ReleaseEventRow",
+    "ReleaseState",
+    "ReleaseStateName",
+    "Releases",
+]
 
-_STATES = frozenset((*get_args(ReleaseStateName), *get_args(Mark)))
 _WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected", "deleted")
 _BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
     {
         "candidate": frozenset({None}),
-        "loaded": frozenset({"candidate", "loaded"}),
-        "rejected": frozenset(
-            {None, "candidate", "loaded", "canary", "retired", "rolled_back", "rejected"}
-        ),
+        "loaded": frozenset({"candidate"}),
+        "rejected": frozenset({None, "candidate", "loaded", "canary", "retired", "rolled_back"}),
         "deleted": frozenset({"retired", "rejected", "rolled_back"}),
         "live": frozenset({"loaded", "canary", "retired", "rolled_back"}),
     }
 )
-
-
-class ReleaseError(Exception):
-    """A release event that would contradict the ones before it.
-
-    ReleaseError
-    ├── NotPromotable       rejected, or never proven by the engine
-    ├── NothingToRollBack   the base model is live already
-    └── ReleaseConflict     the state is not what the caller supposed; read it again and decide
-    """
-
-
-class NotPromotable(ReleaseError):
-    pass
-
-
-class NothingToRollBack(ReleaseError):
-    pass
-
-
-class ReleaseConflict(ReleaseError):
-    pass
-
-
-class ReleaseEventRow(SQLModel, table=True):
-    """One row an event. `sequence` counts within (tenant, policy): two writers that both read the
-    same state cannot both commit, whatever the database's isolation."""
-
-    __tablename__ = "release_event"
-    __table_args__ = (
-        UniqueConstraint("tenant", "policy", "sequence", name="uq_release_event_sequence"),
-    )
-
-    id: int | None = Field(default=None, primary_key=True)
-    tenant: str = Field(default="default", max_length=64)
-    policy: str = Field(max_length=63)
-    sequence: int
-    version: int
-    state: str = Field(max_length=16)
-    actor: str = Field(max_length=128)
-    reason: str
-    figures: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
-    share: float | None = None
-    at: float
 
 
 class Releases:
@@ -129,7 +94,8 @@ class Releases:
         )
         with Session(self._database) as session:
             return [
-                _event(row) for row in session.scalars(rows.order_by(col(ReleaseEventRow.sequence)))
+                event_of(row)
+                for row in session.scalars(rows.order_by(col(ReleaseEventRow.sequence)))
             ]
 
     def policies(self) -> list[str]:
@@ -206,11 +172,13 @@ class Releases:
         figures: Mapping[str, Any] | None = None,
         expected_live: int | None = None,
         expected_sequence: int | None = None,
+        automatic: bool = False,
     ) -> None:
         """Make `ref` the canary, with `share` of new episodes, or give the canary a larger share.
 
         Raises NotPromotable for a version that is not loaded, ReleaseConflict while another one is
-        on trial, for a share that is no growth, or if the state is not as expected (see `promote`).
+        on trial, for a share that is no growth, or if the state is not as expected, and LivePinned
+        (see `promote`).
         """
         if not 0 < share < 1:
             raise ValueError(f"share is {share!r}; expected one between 0 and 1: promote for all")
@@ -218,6 +186,7 @@ class Releases:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
             _check_expected(now, expected_live, expected_sequence)
+            _check_free(now, automatic)
             if now.canary is None and now.states.get(ref.version) != "loaded":
                 raise NotPromotable(
                     f"{ref} is {now.states.get(ref.version, 'unknown')!r}; only a loaded version "
@@ -242,13 +211,15 @@ class Releases:
         figures: Mapping[str, Any] | None = None,
         expected_live: int | None = None,
         expected_sequence: int | None = None,
+        automatic: bool = False,
     ) -> None:
         """Make `ref` live and retire the version that was; a no-op if it is live already.
 
         Takes a version that is loaded, on trial, or that was live before; version 0 always. Another
         version's trial ends with it, for it was compared with what was live. Raises NotPromotable
         for others, ReleaseConflict if the live version is not `expected_live` or anything happened
-        after event `expected_sequence`.
+        after event `expected_sequence`, and LivePinned if no person asks (`automatic`) and the live
+        version is pinned.
         """
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
@@ -256,6 +227,7 @@ class Releases:
             _check_expected(now, expected_live, expected_sequence)
             if now.live == ref:
                 return
+            _check_free(now, automatic)
             state = now.states.get(ref.version)
             if not ref.is_base and state not in _BEFORE["live"]:
                 raise NotPromotable(
@@ -306,7 +278,7 @@ class Releases:
             return target
 
     def pin(self, ref: AdapterRef, *, pinned: bool, actor: str, reason: str) -> None:
-        """Keep a version on disk for ever, or no longer; a no-op if that is so already.
+        """Keep a version on disk for ever, and live if it is, or no longer; a no-op if that is so.
 
         Raises ReleaseConflict for a version without events or deleted: it is not on disk.
         """
@@ -348,7 +320,8 @@ class Releases:
         columns = select(col(row.version), col(row.state), col(row.share))
         rows = columns.where(self._of(policy)).order_by(col(row.sequence))
         return [
-            Change(version, _state(state), share) for version, state, share in session.execute(rows)
+            Change(version, state_named(state), share)
+            for version, state, share in session.execute(rows)
         ]
 
     def _of(self, policy: str) -> ColumnElement[bool]:
@@ -402,6 +375,11 @@ def _taken_back(now: ReleaseState) -> tuple[Change, ...]:
     return () if now.canary is None else (Change(now.canary.ref.version, "rolled_back"),)
 
 
+def _check_free(now: ReleaseState, automatic: bool) -> None:
+    if automatic and now.is_frozen:
+        raise LivePinned(f"{now.live} is live and pinned; nothing replaces it by itself")
+
+
 def _checked_target(now: ReleaseState, to: int | None, changes: Sequence[Change]) -> AdapterRef:
     """Where a rollback of the live version leads."""
     if now.live.is_base:
@@ -424,18 +402,3 @@ def _was_live(now: ReleaseState, ref: AdapterRef, changes: Sequence[Change]) -> 
         return True
     over = now.states.get(ref.version) in ("retired", "rolled_back")
     return over and any(c.version == ref.version and c.state == "live" for c in changes)
-
-
-def _state(name: str) -> ReleaseStateName | Mark:
-    if name not in _STATES:
-        raise ValueError(
-            f"a release event has state {name!r}; is the database newer than this code?"
-        )
-    return name  # type: ignore[return-value]  # checked on the line above
-
-
-def _event(row: ReleaseEventRow) -> ReleaseEvent:
-    return ReleaseEvent(
-        row.sequence, AdapterRef(row.policy, row.version), _state(row.state), row.actor, row.reason,
-        row.at, row.figures, row.share,
-    )  # fmt: skip

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
@@ -76,7 +77,7 @@ class CanaryDecider:
             since=stages[0].began_at,
             with_metrics=bool(asked.guards),
         )
-        evidence = weigh(seen, canary, stages, asked)
+        evidence = _unless_pinned(weigh(seen, canary, stages, asked), state)
         self._found[policy] = (canary.ref, evidence)
         try:
             self._act(evidence, state, canary, asked.stage_after(canary.share))
@@ -100,12 +101,13 @@ class CanaryDecider:
         if following < 1:
             self._releases.try_out(
                 canary.ref, following,
-                actor=ACTOR, reason=why, figures=figures, expected_sequence=seen,
+                actor=ACTOR, reason=why, figures=figures, expected_sequence=seen, automatic=True,
             )  # fmt: skip
         else:
             self._releases.promote(
-                canary.ref, actor=ACTOR, reason=why, figures=figures, expected_sequence=seen
-            )
+                canary.ref,
+                actor=ACTOR, reason=why, figures=figures, expected_sequence=seen, automatic=True,
+            )  # fmt: skip
         logger.info("%s goes on to %.3g %% of episodes: %s", canary.ref, 100 * following, why)
 
     async def _follow(self) -> None:
@@ -118,6 +120,13 @@ class CanaryDecider:
                 # A locked database passes; until then the canary keeps its share.
                 logger.exception("could not look at the canaries; trying again")
             await asyncio.sleep(max(self._poll_seconds, (time.monotonic() - began) / LOAD))
+
+
+def _unless_pinned(evidence: Evidence, state: ReleaseState) -> Evidence:
+    """A canary may always go back; what is pinned it may not replace, however good it is."""
+    if evidence.step != "forward" or not state.is_frozen:
+        return evidence
+    return replace(evidence, step="hold", why=f"{evidence.why}; but {state.live} is pinned")
 
 
 def _stages(events: Iterable[ReleaseEvent], canary: Canary, sequence: int) -> list[Stage]:

@@ -13,11 +13,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import ParamSpec, Protocol
+from typing import ParamSpec
 
 from feedback.errors import RecordUnavailable
 from feedback.wakeup import Wakeup, pause_of
-from policy.engine import AdapterRefused, Engine, EngineDead, EngineUnreachable
+from policy.engine import (
+    AdapterRefused,
+    Engine,
+    EngineDead,
+    EngineError,
+    EngineUnreachable,
+    ProbeFailed,
+)
 from policy.leases import Leases
 from policy.registry import AdapterCorrupt, AdapterUnreadable, Registry, RegistryError
 from policy.releases import (
@@ -31,6 +38,7 @@ from policy.releases import (
 from policy.types import AdapterRef, ProbeReport
 from server.background import cancel
 from server.errors import NotFound, Unavailable
+from server.residency import AdapterWatcher, NoRoom, Refusals, Residency
 
 logger = logging.getLogger("hone.releases")
 
@@ -39,22 +47,8 @@ P = ParamSpec("P")
 ACTOR = "server"
 ROOM_SECONDS = 10.0
 """How long a pinned request waits for an adapter slot before it is told to come back."""
-
-
-class AdapterWatcher(Protocol):
-    """Is told what was done, and how long it took; `server.telemetry.metrics` fits."""
-
-    def loaded(self, ref: AdapterRef, seconds: float, *, refused: bool) -> None: ...
-
-    def unloaded(self, ref: AdapterRef, seconds: float) -> None: ...
-
-    def swapped(self, ref: AdapterRef, seconds: float) -> None:
-        """New episodes take `ref` now, and took another version before."""
-        ...
-
-
-class NoRoom(Exception):
-    """Every adapter slot is in use; room comes when a lease ends."""
+ATTEMPTS = 4
+"""How often the engine is asked to load a candidate before it is rejected for that."""
 
 
 class ReleaseController:
@@ -72,18 +66,13 @@ class ReleaseController:
         poll_seconds: float = 0.2,
         watcher: AdapterWatcher | None = None,
     ) -> None:
-        self._engine = engine
-        self._registry = registry
+        self._residency = Residency(engine, registry, leases, slots=slots, watcher=watcher)
         self._releases = releases
         self._leases = leases
-        self._slots = slots
         self._poll_seconds = poll_seconds
         self._watcher = watcher
         self._live: dict[str, AdapterRef] = {}
         self._canaries: dict[str, Canary] = {}
-        self._kept: frozenset[AdapterRef] = frozenset()
-        self._spare: frozenset[AdapterRef] = frozenset()
-        self._unloading: set[AdapterRef] = set()
         self._wakeup = wakeup
         self._nudged = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -92,6 +81,7 @@ class ReleaseController:
         """Whether the events could not be read the last time."""
         self._told: dict[AdapterRef, str] = {}
         """Why a version cannot be served for now, as the log has it already."""
+        self._refusals = Refusals()
 
     async def start(self) -> None:
         """Bring the engine to the recorded state, then follow it in the background.
@@ -122,7 +112,7 @@ class ReleaseController:
     def assigned(self, policy: str, key: str) -> AdapterRef:
         """What a new episode of the task `key` takes: what is live, or the canary's share of it."""
         canary = self._canaries.get(policy)
-        if canary is not None and canary.takes(key) and self._is_routable(canary.ref):
+        if canary is not None and canary.takes(key) and self._residency.is_routable(canary.ref):
             return canary.ref
         return self.live(policy)
 
@@ -133,14 +123,14 @@ class ReleaseController:
 
     @property
     def resident(self) -> frozenset[AdapterRef]:
-        return self._engine.loaded
+        return self._residency.loaded
 
     async def hold(self, ref: AdapterRef) -> ExitStack:
         """A lease on `ref`, loaded if it was not; close it (or use `with`) to let it drain.
 
         Raises NotFound for a version that is not to be served, Unavailable without a free slot.
         """
-        if not self._is_routable(ref):
+        if not self._residency.is_routable(ref):
             await self._fetch(ref)
         # No await between the check and the lease: an unload could slip in.
         lease = ExitStack()
@@ -164,10 +154,9 @@ class ReleaseController:
                     settled.append(state)
                     stuck[state.policy] = error
             needed = (ref for state in settled for ref in _kept(state))
-            self._kept = frozenset((*needed, *self._routed(stuck)))
-            self._spare = frozenset(state.previous for state in settled)
-            for ref in self._engine.loaded - self._kept - self._spare:
-                await self._unload(ref)
+            await self._residency.keep(
+                (*needed, *self._routed(stuck)), (state.previous for state in settled)
+            )
         return stuck
 
     async def _follow(self) -> None:
@@ -199,7 +188,7 @@ class ReleaseController:
         await self._settle_canary(state)
         for ref in (*state.candidates, *state.loaded):
             # A candidate that is resident was asked for by name, or its proof was not written down.
-            if ref in state.candidates or ref not in self._engine.loaded:
+            if ref in state.candidates or ref not in self._residency.loaded:
                 await self._prove(ref, is_new=ref in state.candidates)
         return await asyncio.to_thread(self._releases.state, state.policy)
 
@@ -219,7 +208,7 @@ class ReleaseController:
     async def _settle_live(self, state: ReleaseState) -> ReleaseState:
         """Raises RegistryError or AdapterRefused if that is no fault of the live version."""
         began = time.perf_counter()
-        while not self._is_routable(state.live):
+        while not self._residency.is_routable(state.live):
             try:
                 await self._load(state.live)
             except NoRoom:
@@ -243,7 +232,7 @@ class ReleaseController:
         if canary is None:
             self._canaries.pop(state.policy, None)
             return
-        if not self._is_routable(canary.ref):
+        if not self._residency.is_routable(canary.ref):
             try:
                 await self._load(canary.ref)
             except NoRoom:
@@ -269,7 +258,7 @@ class ReleaseController:
 
         Raises RegistryError if its folder cannot be read.
         """
-        if not self._is_routable(ref):
+        if not self._residency.is_routable(ref):
             try:
                 await self._load(ref)
             except AdapterRefused:
@@ -294,23 +283,39 @@ class ReleaseController:
         return self._releases.state(policy)
 
     async def _prove(self, ref: AdapterRef, *, is_new: bool) -> None:
+        if self._refusals.is_resting(ref):
+            return
         try:
             report = await self._load(ref)
         except NoRoom:
             logger.info("%s waits for an adapter slot", ref)
             return
-        except (AdapterCorrupt, AdapterRefused) as error:
-            logger.error("%s is rejected: %s", ref, error)
-            await self._record(ref, "rejected", str(error), {})
+        except (AdapterCorrupt, ProbeFailed) as error:
+            await self._reject(ref, str(error))
+            return
+        except EngineDead:
+            raise
+        except EngineError as error:
+            # It may be the engine's and pass: memory that was short, a request that was lost.
+            if (times := self._refusals.count(ref)) < ATTEMPTS:
+                self._tell(ref, f"{ref} waits to be tried again: {error}")
+            else:
+                await self._reject(ref, f"refused {times} times: {error}")
             return
         except RegistryError as error:
             # It takes no traffic yet: its folder may come back without a start that fails.
             self._tell(ref, f"{ref} waits to be proven: {error}")
             return
+        self._refusals.forget(ref)
         if is_new:
             figures = {} if report is None else _figures(report)
             logger.info("%s is loaded %s", ref, figures)
             await self._record(ref, "loaded", "the engine's probe passed", figures)
+
+    async def _reject(self, ref: AdapterRef, why: str) -> None:
+        logger.error("%s is rejected: %s", ref, why)
+        await self._record(ref, "rejected", why, {})
+        self._refusals.forget(ref)
 
     async def _record(
         self, ref: AdapterRef, state: ReleaseStateName, reason: str, figures: dict[str, float]
@@ -327,53 +332,10 @@ class ReleaseController:
             # Another process moved it on meanwhile; the next pass follows what it wrote.
             logger.info("%s", error)
 
-    def _is_routable(self, ref: AdapterRef) -> bool:
-        return ref.is_base or (ref in self._engine.loaded and ref not in self._unloading)
-
     async def _load(self, ref: AdapterRef) -> ProbeReport | None:
-        """Verify and load, making room first. Raises RegistryError, AdapterRefused or NoRoom."""
-        began = time.perf_counter()
-        try:
-            report = await self._verify_and_load(ref)
-        except (RegistryError, AdapterRefused):
-            self._tell_loaded(ref, began, refused=True)
-            raise
-        self._tell_loaded(ref, began, refused=False)
+        report = await self._residency.load(ref)
         self._told.pop(ref, None)
         return report
-
-    async def _verify_and_load(self, ref: AdapterRef) -> ProbeReport | None:
-        adapter = await asyncio.to_thread(self._registry.verify, ref)
-        if ref not in self._engine.loaded:
-            await self._make_room()
-        return await self._engine.load(adapter)
-
-    def _tell_loaded(self, ref: AdapterRef, began: float, *, refused: bool) -> None:
-        if self._watcher is not None:
-            self._watcher.loaded(ref, time.perf_counter() - began, refused=refused)
-
-    async def _make_room(self) -> None:
-        if len(self._engine.loaded) < self._slots:
-            return
-        idle = [r for r in self._engine.loaded - self._kept if not self._leases.count(r)]
-        for ref in sorted(idle, key=lambda ref: (ref in self._spare, ref)):
-            await self._unload(ref)
-            return
-        raise NoRoom
-
-    async def _unload(self, ref: AdapterRef) -> None:
-        """Forget `ref`, unless a request uses it: then a later pass will."""
-        if self._leases.count(ref):
-            return
-        self._unloading.add(ref)
-        began = time.perf_counter()
-        try:
-            await self._engine.unload(ref)
-            logger.info("%s is unloaded", ref)
-            if self._watcher is not None:
-                self._watcher.unloaded(ref, time.perf_counter() - began)
-        finally:
-            self._unloading.discard(ref)
 
     async def _fetch(self, ref: AdapterRef) -> None:
         """Load a version that a pinned request or an older episode asks for."""
@@ -387,7 +349,7 @@ class ReleaseController:
                 param="model",
             )
         deadline = asyncio.get_running_loop().time() + ROOM_SECONDS
-        while not self._is_routable(ref):
+        while not self._residency.is_routable(ref):
             try:
                 async with self._lock:
                     await self._load(ref)

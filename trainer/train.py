@@ -12,7 +12,7 @@
     releases.promote(version) if verdict.passed else releases.record(version, "rejected")
 
 With `training.canary` a version that passed is tried out instead; the server decides it, and until
-then the line waits: there is one candidate at a time.
+then the line waits: there is one candidate at a time. It waits too while what is live is pinned.
 
 Killed anywhere before `finish`, the episodes are claimed again and the folder is never named by a
 release; killed after it, the next start judges the candidate. This file only orders the parts.
@@ -32,8 +32,8 @@ from feedback.spec import CanarySpec, LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
 from feedback.wakeup import Wakeup, pause_of
-from policy.registry import AdapterInvalid, Registry, RegistryError
-from policy.releases import ReleaseConflict, ReleaseError, ReleaseEvent, Releases
+from policy.registry import AdapterCorrupt, AdapterInvalid, Registry, RegistryError
+from policy.releases import LivePinned, ReleaseConflict, ReleaseError, ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
 from trainer.algorithms.choice import chosen
 from trainer.baseline import Baseline
@@ -98,6 +98,8 @@ class Trainer:
         self._wakeup = wakeup
         self._unusable: set[AdapterRef] = set()
         """Versions whose folders were found damaged."""
+        self._told: dict[AdapterRef, str] = {}
+        """Why a version cannot be used for now, as the log has it already."""
         wakeup.subscribe("outcomes", stop.nudge)
 
     def run(self, specs: Callable[[], Mapping[str, LearningSpec]], *, once: bool = False) -> None:
@@ -120,20 +122,19 @@ class Trainer:
             logger.info("asked to stop; unfinished work is left to the next start")
 
     def advance(self, spec: LearningSpec) -> bool:
-        """One round for one policy; False if there was nothing to do, or a canary is on trial."""
+        """One round for one policy; False if there was nothing to do, or the line waits."""
         self._stop.check()
         if not spec.training.enabled:
             return False
         self.judge_candidates(spec)
         state = self._releases.state(spec.policy)
-        if state.canary is not None:
+        if state.canary is not None or state.is_frozen or not self._is_there(state.live):
             return False
         live = state.live
-        if live in self._unusable:
-            return False
         claim = self._store.claim(
             spec,
             live_version=live.version,
+            oldest_version=state.live_before(spec.training.max_staleness),
             owner=self._settings.owner,
             lease_seconds=self._settings.lease_seconds,
         )
@@ -153,7 +154,8 @@ class Trainer:
         """Release or reject whatever this policy has that is published and undecided."""
         state = self._releases.state(spec.policy)
         for ref in sorted((*state.candidates, *state.loaded)):
-            if self._releases.state(spec.policy).canary is not None:
+            now = self._releases.state(spec.policy)
+            if now.canary is not None or now.is_frozen:
                 return
             self._judge(spec, ref)
 
@@ -174,9 +176,11 @@ class Trainer:
             self._store.finish(claim, version=None, figures=figures | {"outcome": str(error)})
             return
         except RegistryError as error:
-            # The live folder is damaged: the episodes are not to blame, and wait for another one.
-            logger.error("nothing is trained while %s is live: %s", live, error)
-            self._unusable.add(live)
+            # The episodes are not to blame. Damage is for good: they wait for another version. What
+            # cannot be read now is looked at again in the next round.
+            self._tell(live, f"nothing is trained while {live} is live: {error}")
+            if isinstance(error, AdapterCorrupt):
+                self._unusable.add(live)
             self._store.abandon(claim, str(error))
             return
         finally:
@@ -232,27 +236,56 @@ class Trainer:
         self._wakeup.notify("releases")
         logger.info("%s is a candidate", ref, extra={"figures": all_figures})
 
-    def _judge(self, spec: LearningSpec, ref: AdapterRef) -> None:
-        live = self._releases.state(spec.policy).live
+    def _is_there(self, live: AdapterRef) -> bool:
+        """Whether training can start from it, as far as its record tells."""
+        if live.is_base or live in self._unusable:
+            return live.is_base
         try:
-            candidate = self._registry.get(ref)
-            folder = None if live.is_base else self._registry.get(live).path
+            self._registry.get(live)
         except RegistryError as error:
-            self._reject(ref, str(error), {})
+            self._tell(live, f"nothing is trained while {live} is live: {error}")
+            return False
+        self._told.pop(live, None)
+        return True
+
+    def _tell(self, ref: AdapterRef, why: str) -> None:
+        """Rounds are as often as polls: say the same once."""
+        if self._told.get(ref) != why:
+            logger.error("%s", why)
+            self._told[ref] = why
+
+    def _judge(self, spec: LearningSpec, ref: AdapterRef) -> None:
+        live, candidate = self._releases.state(spec.policy).live, self._whole(ref)
+        if candidate is None or (candidate.parent == live and not self._is_there(live)):
             return
         if candidate.parent != live:
             self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
             return
+        folder = None if live.is_base else self._registry.get(live).path
         verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate, spec))
         if not verdict.passed:
             self._reject(ref, verdict.reason, verdict.figures)
             return
         try:
             self._release(spec.training.canary, ref, live, verdict)
+        except LivePinned as error:
+            logger.info("%s waits: %s", ref, error)
+            return
         except ReleaseError as error:
             self._reject(ref, str(error), verdict.figures)
             return
         self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
+
+    def _whole(self, ref: AdapterRef) -> Adapter | None:
+        """A candidate that can be read; one that is damaged is rejected, others wait."""
+        try:
+            return self._registry.verify(ref)
+        except AdapterCorrupt as error:
+            self._reject(ref, str(error), {})
+        except RegistryError as error:
+            # Its folder may come back, as a mount does.
+            self._tell(ref, f"{ref} waits to be judged: {error}")
+        return None
 
     def _release(
         self, canary: CanarySpec | None, ref: AdapterRef, live: AdapterRef, verdict: Verdict
@@ -262,12 +295,12 @@ class Trainer:
         if first < 1:
             self._releases.try_out(
                 ref, first, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
-                expected_live=live.version,
+                expected_live=live.version, automatic=True,
             )  # fmt: skip
         else:
             self._releases.promote(
                 ref, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
-                expected_live=live.version,
+                expected_live=live.version, automatic=True,
             )  # fmt: skip
         logger.info(
             "%s takes %.3g %% of new episodes: %s", ref, 100 * first, verdict.reason,

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from feedback.finite import finite
 from feedback.training import Readiness
-from policy.releases import Canary
+from policy.releases import Canary, ReleaseState
 from server.access.caller import CallerOf
 from server.services import Services, ServicesOf
 
@@ -36,34 +36,54 @@ def _trainer(services: Services) -> dict[str, Any]:
 def _policy(policy: str, services: Services) -> dict[str, Any]:
     spec = services.learning(policy)
     state = services.releases.state(policy)
-    readiness = services.store.readiness(spec, live_version=state.live.version)
+    readiness = services.store.readiness(
+        spec,
+        live_version=state.live.version,
+        oldest_version=state.live_before(spec.training.max_staleness),
+    )
     runs = services.store.training_runs(policy, RUNS_SHOWN)
     return {
         "policy": policy,
         "live": str(state.live),
-        "state": _state(readiness, state.canary, services),
-        "why": _why(readiness, state.canary, services),
-        "next_trigger": readiness.next_trigger if state.canary is None else "the canary's verdict",
+        "state": _state(readiness, state, services),
+        "why": _why(readiness, state, services),
+        "next_trigger": _next_trigger(readiness, state),
         "counts": _counts(readiness),
         "runs": [finite(dataclasses.asdict(run)) for run in runs],
     }
 
 
-def _state(readiness: Readiness, canary: Canary | None, services: Services) -> str:
-    """off, down, training, canary, triggered or waiting."""
+def _state(readiness: Readiness, state: ReleaseState, services: Services) -> str:
+    """off, down, training, canary, pinned, triggered or waiting."""
     if services.trainer is None:
         return "off"
     if not services.trainer.state.alive:
         return "down"
     if readiness.claimed:
         return "training"
-    if canary is not None:
+    if state.canary is not None:
         return "canary"
+    if state.is_frozen:
+        return "pinned"
     return "triggered" if readiness.triggered else "waiting"
 
 
-def _why(readiness: Readiness, canary: Canary | None, services: Services) -> str:
-    why = readiness.why if canary is None else _why_on_trial(canary, readiness, services)
+def _next_trigger(readiness: Readiness, state: ReleaseState) -> str:
+    if state.canary is not None:
+        return "the canary's verdict"
+    return (
+        f"hone pin {state.policy} {state.live.version} --off"
+        if state.is_frozen
+        else (readiness.next_trigger)
+    )
+
+
+def _why(readiness: Readiness, state: ReleaseState, services: Services) -> str:
+    why = readiness.why
+    if state.canary is not None:
+        why = _why_on_trial(state.canary, readiness, services)
+    elif state.is_frozen:
+        why = f"{state.live} is live and pinned: nothing replaces it by itself. Meanwhile {why}"
     if services.trainer is None:
         return f"this server runs no trainer (trainer.enabled is false); {why}"
     child = services.trainer.state

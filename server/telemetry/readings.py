@@ -86,9 +86,11 @@ class Readings(Collector):
             labels=["policy", "reason"],
         )  # fmt: skip
         for policy in {agent.spec.policy for agent in self._services.agents.values()}:
-            live = self._services.controller.live(policy)
+            spec, released = self._services.learning(policy), self._services.releases.state(policy)
             readiness = self._services.store.readiness(
-                self._services.learning(policy), live_version=live.version
+                spec,
+                live_version=released.live.version,
+                oldest_version=released.live_before(spec.training.max_staleness),
             )
             for state in _COUNTED:
                 episodes.add_metric([policy, state], getattr(readiness, state))

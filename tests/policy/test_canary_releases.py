@@ -13,7 +13,7 @@ from sqlalchemy import Engine, create_engine
 from sqlmodel import SQLModel
 
 from policy.release_state import Canary, Change, Mark, ReleaseStateName, fold
-from policy.releases import NothingToRollBack, NotPromotable, ReleaseConflict, Releases
+from policy.releases import LivePinned, NothingToRollBack, NotPromotable, ReleaseConflict, Releases
 from policy.types import AdapterRef
 from tests.policy.test_releases import at_once, make_live, prove, ref
 
@@ -129,6 +129,39 @@ def test_of_deciders_that_read_the_same_events_one_acts(releases: Releases) -> N
     ]
     results = at_once(actions * 3)
     assert results.count(ReleaseConflict) == 8
+
+
+def test_what_is_live_and_pinned_is_replaced_by_a_person_only(releases: Releases) -> None:
+    prove(releases, 1)
+    prove(releases, 2)
+    releases.promote(ref(1), **WHO)
+    releases.pin(ref(1), pinned=True, **WHO)
+    assert releases.state("desk").is_frozen
+    with pytest.raises(LivePinned, match="desk@v1 is live and pinned"):
+        releases.promote(ref(2), automatic=True, **WHO)
+    with pytest.raises(LivePinned):
+        releases.try_out(ref(2), 0.1, automatic=True, **WHO)
+    releases.pin(ref(1), pinned=False, **WHO)
+    releases.try_out(ref(2), 0.1, automatic=True, **WHO)
+    releases.pin(ref(1), pinned=True, **WHO)
+    with pytest.raises(LivePinned):
+        releases.try_out(ref(2), 0.2, automatic=True, **WHO)
+    releases.promote(ref(2), **WHO)
+    state = releases.state("desk")
+    assert (state.live, state.is_frozen) == (ref(2), False), (
+        "a pin of what is not live freezes none"
+    )
+
+
+def test_how_far_back_is_counted_in_live_versions() -> None:
+    changes = [Change(version, "live") for version in (1, 4, 9)]
+    state = fold("desk", [*changes, Change(5, "rejected")])
+    assert [state.live_before(steps) for steps in range(5)] == [9, 4, 1, 0, 0]
+    back = fold("desk", [*changes, Change(9, "rolled_back"), Change(4, "live")])
+    assert [back.live_before(steps) for steps in range(3)] == [4, 1, 0]
+    again = fold("desk", [*changes, Change(4, "live")])
+    assert [again.live_before(steps) for steps in range(3)] == [4, 4, 1], "never above live"
+    assert fold("desk", []).live_before(4) == 0
 
 
 def test_a_pin_stays_whatever_becomes_of_the_version(releases: Releases) -> None:

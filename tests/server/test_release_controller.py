@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import pytest
 
+import server.residency
 from feedback.errors import RecordUnavailable
 from feedback.store import Store
 from feedback.wakeup import InProcess
-from policy.engine import AdapterRefused
+from policy.engine import AdapterRefused, EngineError
 from policy.leases import Leases
 from policy.registry import AdapterInvalid, AdapterMissing, Registry
 from policy.releases import Releases
 from policy.scripted import ScriptedEngine
 from policy.types import Adapter, AdapterRef, ProbeReport
 from server.errors import NotFound
-from server.release_controller import ReleaseController
+from server.release_controller import ATTEMPTS, ReleaseController
 from tests.server.house import BASE_DIGEST, SLOTS, byte_chat, publish
 
 
@@ -25,8 +27,11 @@ class Choosy(ScriptedEngine):
     """Has no memory for some versions."""
 
     refused: Collection[AdapterRef] = ()
+    lost: Collection[AdapterRef] = ()
 
     async def load(self, adapter: Adapter) -> ProbeReport | None:
+        if adapter.ref in self.lost:
+            raise EngineError(f"the probe of {adapter.ref} was lost")
         if adapter.ref in self.refused:
             raise AdapterRefused(f"no memory for {adapter.ref}")
         return await super().load(adapter)
@@ -35,8 +40,10 @@ class Choosy(ScriptedEngine):
 class Site:
     """A controller with its real surroundings; passes are made by hand."""
 
-    def __init__(self, folder: Path, base_digest: str = BASE_DIGEST) -> None:
-        self.store = Store.open(f"sqlite:///{folder}/hone.db")
+    def __init__(
+        self, folder: Path, base_digest: str = BASE_DIGEST, *, url: str | None = None
+    ) -> None:
+        self.store = Store.open(url or f"sqlite:///{folder}/hone.db")
         self.registry = Registry(folder / "adapters", base_digest, 16)
         self.releases = Releases(self.store.database)
         self.leases = Leases()
@@ -314,6 +321,74 @@ async def test_an_engine_that_refuses_the_canary_takes_it_back_and_the_live_one_
     assert (state.live, state.canary) == (live, None)
     assert state.states[canary.version] == "rolled_back"
     after.store.close()
+
+
+async def test_a_candidate_that_the_engine_refuses_for_a_while_is_tried_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.residency, "PAUSE_SECONDS", 0.05)
+    ref = site.candidate().ref
+    site.engine.refused = {ref}
+    for _ in range(5):
+        await site.controller.reconcile()
+    assert site.releases.state("desk").candidates == (ref,), "one refusal, and then a pause"
+    await asyncio.sleep(0.06)
+    site.engine.refused = ()
+    await site.controller.reconcile()
+    assert site.releases.state("desk").loaded == (ref,)
+
+
+async def test_a_candidate_that_the_engine_refuses_every_time_is_rejected_in_the_end(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.residency, "PAUSE_SECONDS", 0.0)
+    ref = site.candidate().ref
+    site.engine.refused = {ref}
+    for attempt in range(1, ATTEMPTS + 1):
+        assert site.releases.state("desk").candidates == (ref,), attempt
+        await site.controller.reconcile()
+    assert site.releases.state("desk").states[ref.version] == "rejected"
+    assert site.reason(ref) == f"refused {ATTEMPTS} times: no memory for {ref}"
+
+
+async def test_an_engine_that_loses_a_request_of_one_policy_stops_no_other(site: Site) -> None:
+    lost, other = site.candidate("bank").ref, site.candidate("desk").ref
+    site.engine.lost = {lost}
+    await site.controller.reconcile()
+    assert site.releases.state("desk").loaded == (other,)
+    assert site.releases.state("bank").candidates == (lost,)
+
+
+async def test_two_controllers_on_one_record_write_each_event_once(
+    url: str, tmp_path: Path
+) -> None:
+    """SQLite and Postgres: what two servers see at once is said by one of them."""
+    first, second = Site(tmp_path, url=url), Site(tmp_path, url=url)
+    both = (first.controller, second.controller)
+
+    async def pass_at_once() -> None:
+        await asyncio.gather(*(controller.reconcile() for controller in both))
+
+    good = first.candidate().ref
+    first.candidate(damage=True)
+    await pass_at_once()
+    await pass_at_once()
+    first.releases.promote(good, actor="trainer", reason="gate passed")
+    await pass_at_once()
+    assert {site.controller.live("desk") for site in (first, second)} == {good}
+    weights = tmp_path / "adapters/desk/v0000001/adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    third, fourth = Site(tmp_path, url=url), Site(tmp_path, url=url)
+    both = (third.controller, fourth.controller)  # as after a restart of both
+    await pass_at_once()
+    said = [f"{event.state} {event.ref.version}" for event in first.releases.events("desk")]
+    assert sorted(said) == [
+        "candidate 1", "candidate 2", "live 0", "live 1", "loaded 1", "rejected 1", "rejected 2",
+        "retired 0", "rolled_back 1",
+    ]  # fmt: skip
+    for site in (first, second, third, fourth):
+        site.store.close()
 
 
 async def test_room_is_made_by_the_idle_and_waited_for_if_all_are_leased(site: Site) -> None:
