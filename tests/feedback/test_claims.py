@@ -166,6 +166,21 @@ def test_stale_episodes_are_dropped_on_both_sides_of_live_and_reported_once(stor
     assert granted(store, near, live=3).dropped == {}
 
 
+def test_versions_that_were_never_live_do_not_make_an_episode_stale(store: Store) -> None:
+    # 2 was live before 6: 3 to 5 were rejected.
+    for version in (1, 2, 4, 6):
+        judged(store, f"v{version}", version=version)
+    near = spec(min_episodes=1, max_staleness=1)
+    found = store.readiness(near, live_version=6, oldest_version=2, now=NOW)
+    assert (found.ready, found.dropped) == (3, {"stale": 1})
+    held = store.claim(
+        near, live_version=6, oldest_version=2, owner="a", lease_seconds=60, now=NOW
+    )  # fmt: skip
+    assert held is not None
+    assert sorted(ids(held)) == ["v2", "v4", "v6"]
+    assert held.dropped == {"stale": 1}
+
+
 def test_a_finished_batch_is_trained_with_what_else_the_transaction_wrote(store: Store) -> None:
     judged(store, "a")
     judged(store, "b")

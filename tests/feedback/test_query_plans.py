@@ -55,6 +55,8 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     store.update_run(claim, "training", {})
     store.finish(claim, version=1, figures={})
     assert len(store.outcomes(SPEC, (0, 1), since=0.0)) == 2
+    assert {item.episode.id for item in store.trained_on("desk", 1, limit=9)} == {"e", "f"}
+    assert store.held_aside(SPEC, 0, limit=9) == []
 
     assert len(statements) > 25
     with store.database.connect() as connection:

@@ -33,8 +33,8 @@ TURN = Turn(0, (1, 2), (3,), (-0.5,), "text", "stop")
 class Desk:
     """A record with a canary, and traffic as the server would route it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = Store.open(f"sqlite:///{folder}/hone.db")
+    def __init__(self, url: str) -> None:
+        self.store = Store.open(url)
         self.releases = Releases(self.store.database)
         self.decider = self.another()
         self._number = 0
@@ -71,7 +71,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
+    desk = Desk(f"sqlite:///{tmp_path}/hone.db")
     yield desk
     desk.store.close()
 
@@ -135,9 +135,8 @@ def test_few_outcomes_decide_nothing(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("worth", [good_canary, bad_canary])
-def test_deciders_of_many_replicas_act_once(
-    desk: Desk, worth: Callable[[AdapterRef], float]
-) -> None:
+def test_deciders_of_many_replicas_act_once(url: str, worth: Callable[[AdapterRef], float]) -> None:
+    desk = Desk(url)
     desk.on_trial()
     desk.serve(80, worth)
     before = desk.releases.state("desk").sequence
@@ -145,6 +144,29 @@ def test_deciders_of_many_replicas_act_once(
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda decider: decider.look("desk"), deciders))
     assert desk.releases.state("desk").sequence == before + 1
+    desk.store.close()
+
+
+def test_a_canary_may_go_back_but_not_replace_what_is_pinned(desk: Desk) -> None:
+    desk.releases.record("desk", 9, "candidate", actor="test", reason="published")
+    desk.releases.record("desk", 9, "loaded", actor="test", reason="proven")
+    desk.releases.promote(AdapterRef("desk", 9), actor="api", reason="the one we want")
+    desk.on_trial()
+    desk.releases.pin(AdapterRef("desk", 9), pinned=True, actor="api", reason="no changes in May")
+    desk.serve(80, good_canary)
+    found = desk.decider.look("desk")
+    assert found is not None
+    assert found.step == "hold"
+    assert found.why.endswith("but desk@v9 is pinned")
+    assert desk.releases.state("desk").canary == Canary(TRIED, 0.25)
+    desk.releases.pin(AdapterRef("desk", 9), pinned=False, actor="api", reason="June")
+    desk.decider.look("desk")
+    assert desk.releases.state("desk").canary == Canary(TRIED, 0.5)
+    desk.releases.pin(AdapterRef("desk", 9), pinned=True, actor="api", reason="again")
+    desk.serve(80, bad_canary)
+    desk.decider.look("desk")
+    state = desk.releases.state("desk")
+    assert (state.live.version, state.canary) == (9, None)
 
 
 def test_one_key_is_one_outcome_and_a_pinned_episode_is_none(desk: Desk) -> None:

@@ -15,20 +15,22 @@ from feedback.store import Store
 from policy.registry import Registry
 from policy.releases import Canary, Releases
 from policy.types import Adapter, AdapterRef
+from tests.trainer.conftest import record_episodes
 from trainer.__main__ import build
 from trainer.checkpoint import Checkpoints
 from trainer.gate import Trial, Verdict
 from trainer.learner import UpdateDiverged
 from trainer.settings import TrainerSettings, load_specs
-from trainer.stop import Stop
+from trainer.stop import Stop, Stopped
 from trainer.train import Trainer
 
 
 class World:
     """A trainer over a record of its own, and eyes on what it did."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base_folder: Path) -> None:
         self.folder = folder
+        self.base_folder = base_folder
         self.stop = Stop()
         settings = TrainerSettings()
         self.trainer: Trainer = build(settings, self.stop)
@@ -51,12 +53,13 @@ class World:
 @pytest.fixture
 def world(
     make_world: Callable[[str], Path],
+    base_folder: Path,
     controller: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[World]:
     folder = make_world("world")
     monkeypatch.setenv("HONE_CONFIG", str(folder / "hone.toml"))
-    world = World(folder)
+    world = World(folder, base_folder)
     with controller([folder]):
         yield world
     world.store.close()
@@ -211,3 +214,82 @@ def test_a_candidate_of_a_version_that_is_no_longer_live_is_rejected(
     state = world.releases.state("line")
     assert (state.live.version, state.states[2]) == (0, "rejected")
     assert "but line@v0 is live now" in world.releases.events("line")[-1].reason
+
+
+def test_while_what_is_live_is_pinned_nothing_is_trained_or_promoted(
+    world: World, more_episodes: Callable[[Store], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run()
+    live = AdapterRef("line", 1)
+    more_episodes(world.store)
+    finish = Store.finish
+
+    def pinned_meanwhile(store: Store, *args: Any, **kwargs: Any) -> None:
+        finish(store, *args, **kwargs)
+        world.releases.pin(live, pinned=True, actor="api", reason="hold it")
+
+    with monkeypatch.context() as during:
+        during.setattr(Store, "finish", pinned_meanwhile)
+        world.run()
+    state = world.releases.state("line")
+    assert (state.live, state.states[2] in ("candidate", "loaded")) == (live, True), "it waits"
+    world.releases.pin(live, pinned=False, actor="api", reason="go on")
+    world.run()
+    assert world.releases.state("line").live == AdapterRef("line", 2)
+
+    world.releases.pin(AdapterRef("line", 2), pinned=True, actor="api", reason="hold it")
+    record_episodes(world.store, world.base_folder, first=48)
+    ready = world.ready()
+    assert ready == 24
+    world.run()
+    assert world.ready() == ready
+    world.releases.pin(AdapterRef("line", 2), pinned=False, actor="api", reason="go on")
+    world.run()
+    assert world.releases.state("line").live == AdapterRef("line", 3)
+
+
+def test_a_candidate_that_cannot_be_read_waits_and_one_that_is_damaged_is_rejected(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_here(trial: Trial) -> Verdict:
+        raise Stopped
+
+    with monkeypatch.context() as before:
+        before.setattr(world.trainer._gate, "judge", stop_here)
+        world.run()
+    adapters, away = world.folder / "adapters", world.folder / "away"
+    adapters.rename(away)
+    world.run()
+    assert world.releases.state("line").states[1] in ("candidate", "loaded")
+    away.rename(adapters)
+    file = world.adapter(1).path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(whole[:-1])
+    world.run()
+    assert world.releases.state("line").states[1] == "rejected"
+    assert "line@v1" in world.releases.events("line")[-1].reason
+
+
+def test_a_live_folder_that_is_away_for_a_while_costs_nothing(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    world.run()
+    more_episodes(world.store)
+    adapters, away = world.folder / "adapters", world.folder / "away"
+    adapters.rename(away)
+    world.run()
+    assert (world.ready(), len(world.store.training_runs("line"))) == (24, 1)
+    away.rename(adapters)
+    world.run()
+    assert world.releases.state("line").live == AdapterRef("line", 2)
+
+
+def test_the_verdict_of_a_promotion_has_the_figures_of_every_check(world: World) -> None:
+    world.run()
+    [live] = [event for event in world.releases.events("line") if event.state == "live"]
+    assert live.figures["episodes_read"] == 24
+    assert 0 < live.figures["kl_base"] < 0.1
+    assert live.figures["entropy"] == pytest.approx(live.figures["entropy_base"], abs=0.1)
+    assert 0 < live.figures["largest_norm"] < 0.5
+    assert "off_policy_value" not in live.figures, "all of them were trained on"
