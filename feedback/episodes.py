@@ -69,7 +69,7 @@ def begin(connection: Connection, episode: Episode) -> None:
         if tenant_of(connection, episode.id) != episode.tenant:
             raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
         raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
-    if episode.purpose != "evaluation":
+    if episode.purpose in ("live", "practice"):
         connection.execute(
             insert(ITEM),
             {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from feedback import events
 from feedback.reward import effective_values
@@ -68,6 +68,30 @@ def known(
         )
         for row in rows
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """How many copies a version was asked to answer, and how many of them failed."""
+
+    made: int
+    failed: int
+
+
+def copies(connection: Connection, policy: str, version: int, *, since: float) -> Copies:
+    """The version's shadow episodes that began at `since` or later and are over."""
+    failed = func.sum(case((EPISODE.c.stop_reason == "finished", 0), else_=1))
+    row = connection.execute(
+        select(func.count().label("made"), failed.label("failed")).where(
+            EPISODE.c.tenant == owner_of(connection, policy),
+            EPISODE.c.policy == policy,
+            EPISODE.c.started_at >= since,
+            EPISODE.c.version == version,
+            EPISODE.c.purpose == "shadow",
+            EPISODE.c.stop_reason.is_not(None),
+        )
+    ).one()
+    return Copies(row.made, row.failed or 0)
 
 
 def held_aside(

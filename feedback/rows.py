@@ -98,7 +98,7 @@ class TrainingItemRow(SQLModel, table=True):
 
     The primary key is the guarantee that none is trained on twice: one row, in one state, held by
     at most one run. States: running, touched (its reward must be worked out again), pending (no
-    reward yet), ready, claimed, trained, dropped. Evaluation episodes have no row.
+    reward yet), ready, claimed, trained, dropped. Evaluation and shadow episodes have no row.
     """
 
     __tablename__ = "training_item"

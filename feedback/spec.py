@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -93,11 +93,30 @@ class GateSpec(Strict):
     )
 
 
+class ShadowSpec(Strict):
+    """How a canary answers copies of requests: its answers are logged and never served."""
+
+    share: float = Field(
+        0.05, gt=0, le=1, description="Part of other versions' new episodes that is copied."
+    )
+    max_concurrent: int = Field(
+        1, ge=1, description="Copies at once; past it none is made, so that traffic goes first."
+    )
+    max_tokens: int = Field(256, ge=1, description="Longest answer to a copy.")
+    max_failed: float = Field(
+        0.05, ge=0, lt=1, description="Part of the copies that may fail before stage 0 is over."
+    )
+
+
 class CanarySpec(Strict):
     """How a candidate that passed the gate is tried on real traffic before it is live."""
 
-    stages: tuple[Annotated[float, Field(ge=0.01)], ...] = Field(
-        (0.05, 0.25, 1.0), description="Its share of new episodes, step by step; 1 means live."
+    stages: tuple[float, ...] = Field(
+        (0.05, 0.25, 1.0),
+        description="Its share of new episodes, step by step; 1 means live, 0 copies only.",
+    )
+    shadow: ShadowSpec | None = Field(
+        None, description="Also have it answer copies of requests, for nobody; None: no copies."
     )
     margin: float = Field(
         0.05, gt=0, lt=1, description="Loss of mean reward, over all traffic, that must not pass."
@@ -114,12 +133,15 @@ class CanarySpec(Strict):
 
     @model_validator(mode="after")
     def _leads_up_to_live(self) -> Self:
-        rises = all(low < high for low, high in pairwise((0.0, *self.stages)))
-        if not self.stages or self.stages[-1] != 1 or not rises:
+        served = self.stages[1:] if self.stages[:1] == (0,) else self.stages
+        rises = all(low < high for low, high in pairwise((0.0, *served)))
+        if not served or served[-1] != 1 or served[0] < 0.01 or not rises:
             raise ValueError(
-                f"stages are {list(self.stages)}; expected shares that rise to 1, such as "
-                "[0.05, 0.25, 1]"
+                f"stages are {list(self.stages)}; expected shares of 0.01 or more that rise to 1, "
+                "such as [0.05, 0.25, 1], after a 0 for copies only"
             )
+        if served != self.stages and self.shadow is None:
+            raise ValueError("stages begin with 0, but no shadow is set: nothing would happen")
         return self
 
     def stage_after(self, share: float) -> float:

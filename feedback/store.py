@@ -19,7 +19,7 @@ from feedback import readiness as ready
 from feedback.database import open_database, writing
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
-from feedback.outcomes import Outcome
+from feedback.outcomes import Copies, Outcome
 from feedback.spec import LearningSpec
 from feedback.training import Claim, Readiness, RewardedEpisode, TrainingRun
 from feedback.types import Episode, FeedbackEvent, Purpose, Turn
@@ -125,6 +125,11 @@ class Store:
                 connection, spec.policy, versions,
                 since=since, now=_or_now(now), with_metrics=with_metrics,
             )  # fmt: skip
+
+    def copies(self, policy: str, version: int, *, since: float) -> Copies:
+        """How a version's copied requests went."""
+        with self.database.connect() as connection:
+            return outcomes.copies(connection, policy, version, since=since)
 
     def held_aside(
         self, spec: LearningSpec, version: int, *, limit: int, now: float | None = None

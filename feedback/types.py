@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Purpose = Literal["live", "practice", "evaluation"]
-"""Only live and practice episodes are ever trained on."""
+Purpose = Literal["live", "practice", "evaluation", "shadow"]
+"""Only live and practice episodes are ever trained on. Shadow ones are copies that the server makes
+of others, and that nobody was shown."""
 
 ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid"]
 

@@ -176,12 +176,14 @@ class Releases:
     ) -> None:
         """Make `ref` the canary, with `share` of new episodes, or give the canary a larger share.
 
+        A share of 0 is for what is tried without any traffic of its own.
+
         Raises NotPromotable for a version that is not loaded, ReleaseConflict while another one is
         on trial, for a share that is no growth, or if the state is not as expected, and LivePinned
         (see `promote`).
         """
-        if not 0 < share < 1:
-            raise ValueError(f"share is {share!r}; expected one between 0 and 1: promote for all")
+        if not 0 <= share < 1:
+            raise ValueError(f"share is {share!r}; expected one from 0 up to 1: promote for all")
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)

@@ -18,14 +18,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.types import Receive, Scope, Send
 
-from feedback.types import Purpose, Turn
+from feedback.types import Turn
 from policy.types import AdapterRef
 from server.agents.events import RunEnded, RunEvent, RunStarted, TurnRecorded
 from server.agents.run import Agent, RunRequest, run_agent
 from server.errors import FORESEEN, ApiError, BadRequest, NotFound, as_api_error
 from server.services import Services
 from server.telemetry.logs import log_also
-from server.wire import EPISODE_HEADER, MAX_METADATA, EpisodeId
+from server.wire import EPISODE_HEADER, MAX_METADATA, AskedPurpose, EpisodeId
 
 logger = logging.getLogger("hone.server")
 
@@ -44,7 +44,7 @@ class RunIn(BaseModel):
     ) = Field(description="What the user says, or messages in OpenAI's shape.")
     task_key: str | None = Field(None, min_length=1, max_length=128)
     episode_id: EpisodeId | None = None
-    purpose: Purpose = "live"
+    purpose: AskedPurpose = "live"
     model: str | None = Field(None, description="'policy@vN' pins a version.")
     stream: bool = False
     metadata: dict[str, str] = Field(default_factory=dict)

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from feedback.keys import ApiKeys
 from feedback.log import Log
+from feedback.spec import ShadowSpec
 from feedback.store import Store
 from feedback.wakeup import Wakeup, open_wakeup
 from feedback.webhooks.source import open_webhooks
@@ -66,6 +67,7 @@ from server.routing import Routing
 from server.sampled_reply import SampledReply
 from server.services import Services, services_of
 from server.settings import Settings
+from server.shadow import Shadow
 from server.supervisor import Supervisor
 from server.telemetry.http import CountedRequests
 from server.telemetry.ledger import Ledger
@@ -218,7 +220,6 @@ async def _start(
     spans = _spans(settings, chat, stack)
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
     access = _open_access(settings, store, counted, stack)
-    log = WatchedLog(writer, Watchers(watchers), access.limits.note_tokens)
     registry = Registry(
         settings.model.adapters, base.digest, settings.model.max_lora_rank, base_folder=base.path
     )
@@ -233,12 +234,15 @@ async def _start(
         wakeup=wakeup,
         watcher=counted,
     )
+    shadow = Shadow(engine, chat, controller, leases, recorder=writer, specs=_shadowed(specs))
+    log = WatchedLog(writer, Watchers([*watchers, shadow]), access.limits.note_tokens)
     if watchers:
         ledger = Ledger(store, releases, Watchers(watchers))
         await ledger.start()
         stack.push_async_callback(ledger.stop)
     await controller.start()
     stack.push_async_callback(controller.stop)
+    stack.push_async_callback(shadow.stop)
 
     decider = CanaryDecider(releases, store, {s.policy: s.learning for s in specs.values()})
     decider.start()
@@ -285,6 +289,7 @@ async def _start(
         leases=leases,
         controller=controller,
         decider=decider,
+        shadow=shadow,
         routing=routing,
         plain=plain,
         responses=ResponseStore(settings.http.max_kept_responses_mb * 2**20),
@@ -309,6 +314,12 @@ def _open_access(
     limits.start()
     stack.push_async_callback(limits.stop)
     return Access(ring, limits)
+
+
+def _shadowed(specs: Mapping[str, AgentSpec]) -> dict[str, ShadowSpec]:
+    """By policy: how its canary is to be shadowed."""
+    canaries = ((spec.policy, spec.learning.training.canary) for spec in specs.values())
+    return {policy: asked.shadow for policy, asked in canaries if asked and asked.shadow}
 
 
 def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, Wakeup, Log]:

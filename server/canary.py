@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from feedback.spec import CanarySpec, LearningSpec
@@ -19,7 +19,7 @@ from feedback.store import Store
 from policy.releases import Canary, ReleaseError, ReleaseEvent, Releases, ReleaseState
 from policy.types import AdapterRef
 from server.background import cancel
-from server.canary_evidence import Evidence, Stage, weigh
+from server.canary_evidence import Evidence, Stage, weigh, weigh_copies
 
 logger = logging.getLogger("hone.canary")
 
@@ -71,19 +71,35 @@ class CanaryDecider:
         spec = self._specs.get(policy) or LearningSpec(policy=policy)
         asked = spec.training.canary or CanarySpec()
         stages = _stages(self._releases.events(policy), canary, state.sequence)
-        seen = self._store.outcomes(
-            spec,
-            (state.live.version, canary.ref.version),
-            since=stages[0].began_at,
-            with_metrics=bool(asked.guards),
-        )
-        evidence = _unless_pinned(weigh(seen, canary, stages, asked), state)
+        evidence = _unless_pinned(self._evidence(spec, asked, state, canary, stages), state)
         self._found[policy] = (canary.ref, evidence)
         try:
             self._act(evidence, state, canary, asked.stage_after(canary.share))
         except ReleaseError as error:
             logger.info("somebody else decided first: %s", error)
         return evidence
+
+    def _evidence(
+        self,
+        spec: LearningSpec,
+        asked: CanarySpec,
+        state: ReleaseState,
+        canary: Canary,
+        stages: Sequence[Stage],
+    ) -> Evidence:
+        if not canary.share:
+            made = self._store.copies(
+                canary.ref.policy, canary.ref.version, since=stages[-1].began_at
+            )
+            return weigh_copies(made, asked)
+        served = [stage for stage in stages if stage.share]
+        seen = self._store.outcomes(
+            spec,
+            (state.live.version, canary.ref.version),
+            since=served[0].began_at,
+            with_metrics=bool(asked.guards),
+        )
+        return weigh(seen, canary, served, asked)
 
     def _act(
         self, evidence: Evidence, state: ReleaseState, canary: Canary, following: float

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from feedback.outcomes import Outcome
+from feedback.outcomes import Copies, Outcome
 from feedback.reward import unit
 from feedback.sequential import Outcomes, Verdict, judge
 from feedback.spec import CanarySpec, margin_before
@@ -69,6 +69,21 @@ def weigh(
         return Evidence("hold", f"{said}: {few}", figures)
     margin = margin_before(spec.margin, spec.stage_after(canary.share))
     return Evidence("forward", f"{said}: not worse by {margin:.3g} {error}", figures)
+
+
+def weigh_copies(copies: Copies, spec: CanarySpec) -> Evidence:
+    """The next step of a canary without traffic of its own: does it answer at all?
+
+    What its answers are worth nobody can know, since nobody was shown them: for a person to read.
+    """
+    figures = {"share": 0.0, "copies": float(copies.made), "failed": float(copies.failed)}
+    said = f"{copies.failed} of {copies.made} copies failed"
+    if copies.made < spec.min_episodes:
+        return Evidence("hold", f"{said}: fewer than {spec.min_episodes} so far", figures)
+    allowed = 0.0 if spec.shadow is None else spec.shadow.max_failed
+    if copies.failed > allowed * copies.made:
+        return Evidence("back", f"{said}; expected at most {allowed:.1%}", figures)
+    return Evidence("forward", said, figures)
 
 
 def comparable(seen: Iterable[Outcome], ref: AdapterRef, stages: Sequence[Stage]) -> list[Tried]:

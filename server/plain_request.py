@@ -13,13 +13,12 @@ from typing import Any, get_args
 
 from starlette.datastructures import Headers
 
-from feedback.types import Purpose
 from server.access.caller import Caller
 from server.errors import BadRequest
 from server.plain_responses import AskedResponse
 from server.plain_traffic import ChatCall, task_key_of
 from server.routing import Routing
-from server.wire import EPISODE_HEADER, EPISODE_ID_PATTERN, MAX_METADATA
+from server.wire import EPISODE_HEADER, EPISODE_ID_PATTERN, MAX_METADATA, AskedPurpose
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -177,13 +176,13 @@ def _metadata(body: Mapping[str, Any]) -> dict[str, str]:
     return given
 
 
-def _purpose(text: str) -> Purpose:
-    for purpose in get_args(Purpose):
+def _purpose(text: str) -> AskedPurpose:
+    for purpose in get_args(AskedPurpose):
         if text == purpose:
-            known: Purpose = purpose
+            known: AskedPurpose = purpose
             return known
     raise BadRequest(
-        f"purpose is {text[:40]!r}; expected one of {', '.join(get_args(Purpose))}",
+        f"purpose is {text[:40]!r}; expected one of {', '.join(get_args(AskedPurpose))}",
         code="invalid_value",
         param="metadata.purpose",
     )

@@ -111,10 +111,13 @@ class ReleaseController:
 
     def assigned(self, policy: str, key: str) -> AdapterRef:
         """What a new episode of the task `key` takes: what is live, or the canary's share of it."""
+        canary = self.on_trial(policy)
+        return canary.ref if canary is not None and canary.takes(key) else self.live(policy)
+
+    def on_trial(self, policy: str) -> Canary | None:
+        """The canary of a policy that can be routed to now."""
         canary = self._canaries.get(policy)
-        if canary is not None and canary.takes(key) and self._residency.is_routable(canary.ref):
-            return canary.ref
-        return self.live(policy)
+        return canary if canary and self._residency.is_routable(canary.ref) else None
 
     @property
     def policies(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from server.release_controller import ReleaseController
 from server.response_store import ResponseStore
 from server.routing import Routing
 from server.settings import Settings
+from server.shadow import Shadow
 from server.supervisor import Supervisor
 from server.telemetry.metrics import Metrics
 from server.telemetry.watch import WatchedLog
@@ -48,6 +49,7 @@ class Services:
     leases: Leases
     controller: ReleaseController
     decider: CanaryDecider
+    shadow: Shadow
     routing: Routing
     plain: PlainTraffic
     responses: ResponseStore

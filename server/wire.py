@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from feedback.finite import finite
 from feedback.types import Episode, Turn
 from server.agents.events import Usage
 
+AskedPurpose = Literal["live", "practice", "evaluation"]
+"""What a client may say that an episode is for."""
 EPISODE_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
 EPISODE_HEADER = "x-hone-episode"

@@ -71,7 +71,10 @@ def _canary(canary: Json | None) -> list[Text]:
     if canary is None:
         return []
     text = f"canary: {canary['id']} on {canary['share']:.3g} of new episodes: {canary['why']}"
-    return [Text(text, style="magenta")]
+    lines = [Text(text, style="magenta")]
+    if canary["shadow"]:
+        lines.append(Text.from_markup(f"shadow: {_figures(canary['shadow'], 9)}"))
+    return lines
 
 
 def episodes_view(episodes: Sequence[Json]) -> RenderableType:
@@ -189,13 +192,13 @@ def _state(state: str | None) -> str:
     return f"[{colour}]{state}[/]" if colour else state or "-"
 
 
-def _figures(figures: Json) -> str:
+def _figures(figures: Json, most: int = 6) -> str:
     parts = [
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in figures.items()
         if isinstance(value, int | float | str)
     ]
-    return escape(" ".join(parts[:6]))
+    return escape(" ".join(parts[:most]))
 
 
 def _ago(at: float | None) -> str:

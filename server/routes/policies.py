@@ -205,13 +205,14 @@ def _rollback_to(state: ReleaseState) -> str | None:
 
 
 def _canary(canary: Canary, services: Services) -> dict[str, Any]:
-    evidence = services.decider.evidence(canary)
+    evidence, copies = services.decider.evidence(canary), services.shadow.figures(canary.ref)
     return {
         "id": str(canary.ref),
         "version": canary.ref.version,
         "share": canary.share,
         "why": "not looked at yet" if evidence is None else evidence.why,
         "figures": {} if evidence is None else finite(evidence.figures),
+        "shadow": None if copies is None else finite(copies),
     }
 
 
