@@ -146,7 +146,7 @@ def pin(
     config: ConfigFlag = None,
     url: UrlFlag = None,
 ) -> None:
-    """Keep a version of POLICY on disk, whatever becomes of it. It moves no traffic."""
+    """Keep a version of POLICY on disk, and live if it is live now, until the pin is off."""
     body = {"version": version, "reason": reason, "pinned": not off}
     done = _client(config, url).post(f"/v1/policies/{policy}/pin", body)
     _print(f"[bold]{done['id']}[/] is {'pinned' if done['pinned'] else 'pinned no longer'}")

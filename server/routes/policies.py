@@ -132,7 +132,7 @@ async def promote(
 
 @router.post("/{policy}/pin")
 async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) -> dict[str, Any]:
-    """Keep a version on disk whatever becomes of it, or no longer. It moves no traffic."""
+    """Keep a version on disk, or no longer. While it is live nothing replaces it by itself."""
     _check_known(policy, services, caller)
     ref = AdapterRef(policy, body.version)
     try:

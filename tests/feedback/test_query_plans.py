@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
+from feedback.outcomes import Copies
 from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
 from tests.feedback.record_samples import episode, event, judged, turn
@@ -57,6 +58,7 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     assert len(store.outcomes(SPEC, (0, 1), since=0.0)) == 2
     assert {item.episode.id for item in store.trained_on("desk", 1, limit=9)} == {"e", "f"}
     assert store.held_aside(SPEC, 0, limit=9) == []
+    assert store.copies("desk", 1, since=0.0) == Copies(made=0, failed=0)
 
     assert len(statements) > 25
     with store.database.connect() as connection:
