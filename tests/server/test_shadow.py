@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 from feedback.outcomes import Copies
 from feedback.spec import CanarySpec, ShadowSpec
@@ -20,6 +21,7 @@ from policy.releases import Canary
 from policy.scripted import ScriptedEngine
 from policy.types import AdapterRef, Delta, Sampling
 from server.canary_evidence import weigh_copies
+from server.commands.views import releases_view
 from server.shadow import drawn
 from server.shadow_figures import Copied, ShadowFigures
 from tests.server.house import (
@@ -118,6 +120,10 @@ def test_copies_are_logged_and_never_served_trained_on_or_given_tools(
         assert (figures["agreement"], figures["failed"], figures["skipped"]) == (1.0, 0.0, 0.0)
         assert figures["tokens"] == figures["served_tokens"] > 0
         assert figures["logprob_gap"] != 0
+
+        console = Console(record=True, width=200)
+        console.print(releases_view(policy(house)))
+        assert "shadow: copies=2 failed=0 skipped=0 agreement=1" in console.export_text()
 
         run(house, "an exam", purpose="evaluation")
         run(house, "pinned", model="desk@v1")
