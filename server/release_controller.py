@@ -296,7 +296,7 @@ class ReleaseController:
         except (AdapterCorrupt, ProbeFailed) as error:
             await self._reject(ref, str(error))
             return
-        except EngineDead:
+        except (EngineDead, EngineUnreachable):
             raise
         except EngineError as error:
             # It may be the engine's and pass: memory that was short, a request that was lost.
