@@ -6,6 +6,7 @@ the power fails; NORMAL would lose the last ones. Postgres is set up in `feedbac
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,20 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import ArgumentError
 
+from feedback.errors import DiskFailed, OutcomeUnknown, RecordUnavailable
 from feedback.finite import finite_json
+from policy.durable import make_folder
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_SECONDS = 30
 _WRITES = "hone_writes"
+_DISK_FAILED = (
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CORRUPT,  # also what it makes of a read that failed with EIO
+)  # fmt: skip
 
 
 def open_database(url: str) -> Engine:
@@ -107,10 +115,11 @@ def _open_postgres(url: URL) -> Engine:
 
 
 def _open_sqlite(url: URL) -> Engine:
-    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(str(url.database)).parent)
     engine = create_engine(url.set(drivername="sqlite"), json_serializer=finite_json)
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "handle_error", _explain)
     _use_wal(engine)
     return engine
 
@@ -134,6 +143,19 @@ def _configure(connection: Any, _record: object) -> None:
 def _begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _explain(context: ExceptionContext) -> None:
+    """Tell "not now" from "never": full and failing disks, and locks that others keep, pass."""
+    error = context.original_exception
+    kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    if kind == sqlite3.SQLITE_BUSY:
+        raise RecordUnavailable("another process keeps the record locked; try again") from error
+    if kind == sqlite3.SQLITE_IOERR and context.connection is not None and not context.statement:
+        # Its last page may be there, and a crash before the next commit would bring it to light.
+        raise OutcomeUnknown(f"{error} during a commit; what was sent may be recorded") from error
+    if kind in _DISK_FAILED:
+        raise DiskFailed(f"the record cannot be read or written now: {error}") from error
 
 
 def _use_wal(engine: Engine) -> None:

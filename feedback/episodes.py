@@ -86,8 +86,11 @@ def begin(connection: Connection, episode: Episode) -> None:
 
 
 def append_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
-    """Record the next turn. Raises EpisodeMissing, EpisodeEnded, TurnOutOfOrder or ValueError."""
+    """Record the next turn; the last one again, if it is the same, is no error: who got no answer
+    may repeat it. Raises EpisodeMissing, EpisodeEnded, TurnOutOfOrder or ValueError."""
     row = _running(connection, episode_id)
+    if turn.index == row.n_turns - 1 and _is_last(connection, row, turn):
+        return
     if turn.index != row.n_turns:
         raise TurnOutOfOrder(
             f"turn index is {turn.index}; expected {row.n_turns}, the next of {episode_id!r}"
@@ -126,6 +129,20 @@ def append_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
             "context_digest": _digest(prompt + sampled),
         },
     )
+
+
+def _is_last(connection: Connection, row: Row[Any], turn: Turn) -> bool:
+    """Whether this turn is the one on record behind which nothing came yet."""
+    sampled = pack_ids(turn.token_ids)
+    query = select(TURN).where(TURN.c.episode_id == row.id, TURN.c.index == turn.index)
+    last = connection.execute(query).one()
+    is_same: bool = (
+        row.context_digest == _digest(pack_ids(turn.prompt_ids) + sampled)
+        and last.token_ids == sampled
+        and last.text == storable(turn.text)
+        and last.started_at == turn.started_at
+    )
+    return is_same
 
 
 def end(connection: Connection, episode_id: str, stop_reason: str, ended_at: float) -> None:

@@ -24,8 +24,13 @@ class RecordUnavailable(Exception):
     """The database cannot be asked now. No refusal: the same call may succeed a moment later.
 
     RecordUnavailable
-    └── OutcomeUnknown   the connection broke during a commit, which may or may not have happened
+    ├── DiskFailed       SQLite's file: the disk is full, or fails; waiting a moment seldom helps
+    └── OutcomeUnknown   a commit got no answer, or a bad one: it may or may not have happened
     """
+
+
+class DiskFailed(RecordUnavailable):
+    pass
 
 
 class OutcomeUnknown(RecordUnavailable):

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from feedback import episodes, events
 from feedback.database import has_committed, transaction_id, writing
-from feedback.errors import OutcomeUnknown, RecordError, RecordUnavailable
+from feedback.errors import DiskFailed, OutcomeUnknown, RecordError, RecordUnavailable
 from feedback.events import Receipt
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
@@ -168,7 +168,8 @@ def _commit(database: Engine, batch: Sequence[_Write]) -> None:
         try:
             _record(database, batch, give_up_at)
         except RecordUnavailable as error:
-            if time.monotonic() < give_up_at and not isinstance(error, OutcomeUnknown):
+            is_hopeless = isinstance(error, (DiskFailed, OutcomeUnknown))
+            if time.monotonic() < give_up_at and not is_hopeless:
                 time.sleep(_PAUSE_SECONDS)
                 continue
             _fail(batch, error)

@@ -48,7 +48,8 @@ class Store:
             episodes.begin(connection, episode)
 
     def append_turn(self, episode_id: str, turn: Turn) -> None:
-        """Record the next turn; raises EpisodeMissing, EpisodeEnded or TurnOutOfOrder."""
+        """Record the next turn, or the last one again; raises EpisodeMissing, EpisodeEnded or
+        TurnOutOfOrder."""
         with self._writing.begin() as connection:
             episodes.append_turn(connection, episode_id, turn)
 

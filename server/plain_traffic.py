@@ -92,6 +92,8 @@ class OpenEpisode:
     """Its begin is on record."""
     in_doubt: bool = False
     """Its begin may be on record: the commit got no answer."""
+    doubtful: Turn | None = None
+    """The last turn, if it may be on record: its commit got no answer."""
     n_turns: int = 0
     temperature: float = 1.0
     """Of its first turn."""
@@ -169,12 +171,23 @@ class PlainTraffic:
         async with episode.lock:
             if not episode.begun:
                 await self._begin(episode, generation)
+            if episode.doubtful is not None:
+                # Else this turn would be the second of its number, and so all that follow.
+                await self._append_turn(episode, episode.doubtful)
             turn = _turn(episode.n_turns, generation, episode.temperature)
-            await self._log.append_turn(episode.id, turn)
-            episode.n_turns += 1
+            await self._append_turn(episode, turn)
             if generation.token_ids:
                 # Not before: a client that got no answer sends the same messages again.
                 episode.digests, episode.reply = call.digests, generation.text
+
+    async def _append_turn(self, episode: OpenEpisode, turn: Turn) -> None:
+        try:
+            await self._log.append_turn(episode.id, turn)
+        except OutcomeUnknown:
+            episode.doubtful = turn
+            raise
+        episode.doubtful = None
+        episode.n_turns += 1
 
     async def end(self, episode: OpenEpisode, stop_reason: str) -> None:
         """No more turns: the episode's reward may mature. Raises nothing; what the record cannot

@@ -91,7 +91,7 @@ def test_disorder_is_refused_and_changes_nothing(store: Store) -> None:
     with pytest.raises(EpisodeMissing):
         store.append_turn("unknown", turn(0))
     with pytest.raises(TurnOutOfOrder, match="expected 1"):
-        store.append_turn("e", turn(0))
+        store.append_turn("e", replace(turn(0), started_at=1.0))
     with pytest.raises(TurnOutOfOrder, match="expected 1"):
         store.append_turn("e", turn(2))
     with pytest.raises(ValueError, match="2 token ids and 1 logprobs"):
@@ -106,6 +106,26 @@ def test_disorder_is_refused_and_changes_nothing(store: Store) -> None:
         store.append_turn("e", turn(1))
     with pytest.raises(EpisodeEnded):
         store.end("e", "cancelled", 61.0)
+
+
+def test_the_last_turn_may_be_said_again_and_no_other(store: Store) -> None:
+    """As by a writer whose commit got no answer."""
+    store.begin(episode("e", ended_at=None))
+    second = replace(turn(1), text="NUL \0 in it")
+    for _ in range(3):
+        store.append_turn("e", second)
+    for other in (
+        turn(0),
+        replace(second, text="else"),
+        replace(second, token_ids=(4, 6)),
+        replace(second, prompt_ids=(1, 2, 4)),
+    ):
+        with pytest.raises(TurnOutOfOrder, match="expected 2"):
+            store.append_turn("e", other)
+    kept = store.episode("e")
+    assert kept is not None
+    assert [t.index for t in kept.turns] == [0, 1]
+    assert store.episodes()[0].n_tokens == 4
 
 
 def test_episodes_left_running_by_a_killed_server_are_closed(store: Store) -> None:

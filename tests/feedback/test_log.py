@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 from sqlalchemy.exc import IntegrityError
 
-from feedback.errors import EpisodeMissing, TurnOutOfOrder
+from feedback.errors import DiskFailed, EpisodeMissing, TurnOutOfOrder
 from feedback.log import Log, LogClosed
 from feedback.store import Store
 from tests.feedback.record_samples import episode, event, turn
@@ -118,7 +118,8 @@ async def test_a_full_disk_acknowledges_nothing_that_it_did_not_keep(
     )
     names = [*(f"before-{i}" for i in range(5)), "large", *(f"after-{i}" for i in range(5))]
     acknowledged = {name for name, out in zip(names, outcomes, strict=True) if out is None}
-    assert "full" in str(outcomes[5])
+    assert isinstance(outcomes[5], DiskFailed)
+    assert "cannot be read or written now: database or disk is full" in str(outcomes[5])
     assert {kept.id for kept in store.episodes()} == acknowledged
     await log.begin(episode("small"))
     assert store.episode("small") is not None

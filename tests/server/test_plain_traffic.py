@@ -22,6 +22,7 @@ from server.plain_traffic import ChatCall, OpenEpisode, PlainTraffic
 
 FULL = OperationalError("INSERT", None, sqlite3.OperationalError("disk is full"))
 UNKNOWN = OutcomeUnknown("the connection broke")
+LOST = OutcomeUnknown("the connection broke, and the commit with it")
 DOWN = RecordUnavailable("nobody answers")
 
 
@@ -42,9 +43,11 @@ class FlakyLog(Log):
             raise fault
 
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
-        if self.appends and (fault := self.appends.pop(0)) is not None:
+        fault = self.appends.pop(0) if self.appends else None
+        if fault is None or fault is UNKNOWN:
+            await super().append_turn(episode_id, turn)
+        if fault is not None:
             raise fault
-        await super().append_turn(episode_id, turn)
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         fault = self.ends.pop(0) if self.ends else None
@@ -159,6 +162,21 @@ async def test_a_first_turn_that_fails_takes_no_later_one_along(
         episode = await desk.say(call(user(reply), episode_id="mine"), reply)
     await desk.traffic.end(episode, "finished")
     assert desk.kept("mine") == (["second", "third"], "finished")
+
+
+@pytest.mark.parametrize("fault", [UNKNOWN, LOST], ids=["landed", "lost"])
+async def test_a_turn_of_unknown_outcome_is_there_once_and_later_ones_behind_it(
+    desk: Desk, fault: Exception
+) -> None:
+    await desk.say(call(user("one"), episode_id="mine"), "first")
+    desk.log.appends += [fault, DOWN]
+    with pytest.raises(OutcomeUnknown):
+        await desk.say(call(user("two"), episode_id="mine"), "second")
+    with pytest.raises(RecordUnavailable, match="nobody answers"):
+        await desk.say(call(user("three"), episode_id="mine"), "missing")
+    for reply in ("fourth", "fifth"):
+        await desk.say(call(user(reply), episode_id="mine"), reply)
+    assert desk.kept("mine")[0] == ["first", "second", "fourth", "fifth"]
 
 
 @pytest.mark.parametrize("where", ["begins", "appends"])

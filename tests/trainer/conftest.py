@@ -23,10 +23,8 @@ MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Episode]
 
 
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_base(folder: Path) -> None:
     """Random weights: vocabulary 32, hidden 32, 2 layers, grouped-query attention as in Qwen2."""
-    folder = tmp_path_factory.mktemp("base")
     config = Qwen2Config(
         vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -35,6 +33,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
     return folder
 
 
