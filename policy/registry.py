@@ -25,8 +25,10 @@ from pydantic import BaseModel, ConfigDict
 
 from policy.adapter_config import CONFIG, read_json
 from policy.adapter_weights import WEIGHTS
+from policy.durable import make_folder, sync
 from policy.registry_errors import (
     AdapterCorrupt,
+    AdapterGone,
     AdapterInvalid,
     AdapterMissing,
     AdapterUnreadable,
@@ -35,12 +37,14 @@ from policy.registry_errors import (
 from policy.types import Adapter, AdapterRef, Probe
 from policy.validation import MANIFEST, MAX_JSON_BYTES, check_adapter, check_files
 
-__all__ = ["AdapterCorrupt", "AdapterInvalid", "AdapterMissing", "AdapterUnreadable"]
-__all__ += ["Registry", "RegistryError"]
+__all__ = ["AdapterCorrupt", "AdapterGone", "AdapterInvalid", "AdapterMissing"]
+__all__ += ["AdapterUnreadable", "Registry", "RegistryError"]
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = re.compile(r"v(\d{7,9})")
 _ASIDE = ".aside-"
+_NEXT = ".next"
+"""A line's file of the first number that was never used."""
 
 
 class _Manifest(BaseModel):
@@ -110,9 +114,9 @@ class Registry:
                 probe=probe,
             )
             _write(aside / MANIFEST, manifest.model_dump_json(indent=1).encode())
-            _fsync(aside)
+            sync(aside)
             aside.rename(self._folder(ref))
-            _fsync(line)
+            sync(line)
         return self._adapter(ref, manifest)
 
     def get(self, ref: AdapterRef) -> Adapter:
@@ -171,7 +175,7 @@ class Registry:
             self._check_present(ref)
             _write_next(line, _next(line))
             doomed = folder.rename(line / f"{_ASIDE}{uuid.uuid4().hex}")
-            _fsync(line)
+            sync(line)
         _remove(doomed)
 
     def _line(self, policy: str) -> Path:
@@ -186,10 +190,12 @@ class Registry:
 
     def _check_present(self, ref: AdapterRef) -> None:
         if ref.version < 1 or not self._folder(ref).is_dir():
-            raise AdapterMissing(
-                f"{ref} is not in {str(self._root)!r} (setting model.adapters); published versions "
-                f"of {ref.policy!r}: {_numbers(self._line(ref.policy))}"
-            )
+            line = self._line(ref.policy)
+            where = f"{ref} is not in {str(self._root)!r} (setting model.adapters)"
+            published = f"published versions of {ref.policy!r}: {_numbers(line)}"
+            if _was_here(line, ref.version):
+                raise AdapterGone(f"{where}: its folder was removed by hand; {published}")
+            raise AdapterMissing(f"{where}; {published}")
 
     def _check_draft(self, draft: Path) -> None:
         check_files(draft)
@@ -285,7 +291,7 @@ def _numbers(line: Path) -> list[int]:
 
 def _next(line: Path) -> int:
     """The first number that was never used."""
-    mark = line / ".next"
+    mark = line / _NEXT
     try:
         never_used = int(mark.read_text()) if mark.exists() else 1
     except ValueError as error:
@@ -293,6 +299,14 @@ def _next(line: Path) -> int:
             f"{str(mark)!r} holds no number; write one above all versions ever published"
         ) from error
     return max([never_used, *(number + 1 for number in _numbers(line))])
+
+
+def _was_here(line: Path, number: int) -> bool:
+    """Whether this number was given out in this folder, which then is no empty mount point."""
+    try:
+        return (line / _NEXT).exists() and 0 < number < _next(line)
+    except AdapterCorrupt:
+        return False
 
 
 def _take_number(line: Path) -> int:
@@ -304,8 +318,8 @@ def _take_number(line: Path) -> int:
 def _write_next(line: Path, number: int) -> None:
     aside = line / f"{_ASIDE}next"
     _write(aside, str(number).encode())
-    aside.rename(line / ".next")
-    _fsync(line)
+    aside.rename(line / _NEXT)
+    sync(line)
 
 
 def _copy(draft: Path, aside: Path) -> None:
@@ -327,21 +341,6 @@ def _write(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_line(line: Path) -> None:
-    if not line.is_dir():
-        line.mkdir(parents=True, exist_ok=True)
-        _fsync(line.parent)
-        _fsync(line.parent.parent)
-
-
 @contextmanager
 def _locked(line: Path) -> Iterator[None]:
     """One writer for each policy, over all processes; the kernel frees a killed one's lock."""
@@ -353,7 +352,7 @@ def _locked(line: Path) -> Iterator[None]:
 @contextmanager
 def _building_site(line: Path) -> Iterator[tuple[Path, Path]]:
     """The locked line, and the name of a folder aside that is gone afterwards."""
-    _make_line(line)
+    make_folder(line)
     with _locked(line):
         for debris in line.glob(f"{_ASIDE}*"):  # of killed publishers: under the lock none works
             _remove(debris)

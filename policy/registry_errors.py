@@ -12,7 +12,8 @@ class RegistryError(Exception):
 
     RegistryError
     ├── AdapterInvalid      a draft, or a version of another base model, that must not be served
-    ├── AdapterMissing      no such version (also a KeyError): deleted, or nothing is mounted there
+    ├── AdapterMissing      no such version (also a KeyError); maybe nothing is mounted there
+    │   └── AdapterGone     its line is there and it is not: somebody removed its folder
     ├── AdapterUnreadable   the disk or its permissions failed, which says nothing of the version
     └── AdapterCorrupt      a published version is no longer what was published
     """
@@ -25,6 +26,10 @@ class AdapterInvalid(RegistryError):
 class AdapterMissing(RegistryError, KeyError):
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would quote it
+
+
+class AdapterGone(AdapterMissing):
+    pass
 
 
 class AdapterUnreadable(RegistryError):

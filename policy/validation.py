@@ -42,7 +42,7 @@ def check_adapter(
     """Validate `adapter_config.json` and `adapter_model.safetensors` in `folder`.
 
     With `base_folder`, each adapted module must exist in the base model's weights with the same
-    input and output sizes. Raises AdapterInvalid.
+    input and output sizes. Raises AdapterInvalid, and OSError if it cannot be read now.
     """
     check_files(folder, is_draft=is_draft)
     config = checked_config(read_json(folder / CONFIG), max_rank)

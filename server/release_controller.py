@@ -26,7 +26,13 @@ from policy.engine import (
     ProbeFailed,
 )
 from policy.leases import Leases
-from policy.registry import AdapterCorrupt, AdapterUnreadable, Registry, RegistryError
+from policy.registry import (
+    AdapterCorrupt,
+    AdapterGone,
+    AdapterUnreadable,
+    Registry,
+    RegistryError,
+)
 from policy.releases import (
     Canary,
     ReleaseConflict,
@@ -219,6 +225,9 @@ class ReleaseController:
                 return state
             except AdapterCorrupt as error:
                 state = await asyncio.to_thread(self._take_back, state, str(error), damaged=True)
+            except AdapterGone as error:
+                # Its folder may be put back, and the version promoted again.
+                state = await asyncio.to_thread(self._take_back, state, str(error), damaged=False)
             except AdapterRefused as error:
                 if not await self._can_serve(state.previous):
                     raise  # two in a row: the engine is to blame, not each version down to the base
@@ -245,7 +254,7 @@ class ReleaseController:
                 logger.error("%s cannot be served and is rejected: %s", canary.ref, error)
                 await self._record(canary.ref, "rejected", str(error), {})
                 return
-            except AdapterRefused as error:
+            except (AdapterGone, AdapterRefused) as error:
                 logger.error("%s cannot be served and is taken back: %s", canary.ref, error)
                 await self._write(
                     self._releases.rollback, state.policy, actor=ACTOR, reason=str(error),
@@ -266,7 +275,7 @@ class ReleaseController:
                 await self._load(ref)
             except AdapterRefused:
                 return False
-            except (AdapterCorrupt, NoRoom):
+            except (AdapterCorrupt, AdapterGone, NoRoom):
                 return True
         return True
 

@@ -8,7 +8,7 @@ name is whole.
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,16 @@ from typing import Any
 
 import torch
 
+from policy.durable import make_folder, sync
 from policy.types import AdapterRef
 from trainer.baseline import Baseline
+from trainer.progress import logger
+
+_DAMAGE = (
+    FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError, EOFError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a file that is not what was written may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one, durably. A version's checkpoint is written once."""
         final = self._folder(checkpoint.ref)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         aside = final.with_name(f".{final.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -55,20 +63,27 @@ class Checkpoints:
         }
         (aside / "state.json").write_text(json.dumps(state))
         for path in (aside / "optimizer.pt", aside / "state.json", aside):
-            _sync(path)
+            sync(path)
         aside.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         return final
 
     def load(self, ref: AdapterRef) -> Checkpoint | None:
-        """The checkpoint of a version, or None: it may have been made elsewhere, or pruned."""
+        """The checkpoint of a version, or None: it may have been made elsewhere, pruned, or
+        damaged, which the log tells. Training goes on without; raises OSError if it may pass."""
         folder = self._folder(ref)
         if not folder.is_dir():
             return None
-        state = json.loads((folder / "state.json").read_text())
-        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        baseline = Baseline.from_json(state["baseline"])
-        return Checkpoint(ref, state["adapter_digest"], optimizer, baseline, state["seed"])
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            baseline = Baseline.from_json(state["baseline"])
+            return Checkpoint(ref, state["adapter_digest"], optimizer, baseline, state["seed"])
+        except _DAMAGE as error:
+            logger.error(
+                "the checkpoint in %r is damaged: %r; going on without", str(folder), error
+            )
+            return None
 
     def prune(self, policy: str, *, keep: set[int], newest: int = 8) -> None:
         """Delete all but the `newest` and the versions in `keep`, such as the live one."""
@@ -79,11 +94,3 @@ class Checkpoints:
 
     def _folder(self, ref: AdapterRef) -> Path:
         return self._root / ref.policy / f"v{ref.version}"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from policy.registry import (
     AdapterCorrupt,
+    AdapterGone,
     AdapterInvalid,
     AdapterMissing,
     AdapterUnreadable,
@@ -134,6 +136,43 @@ def test_verify_finds_one_changed_bit(registry: Registry, draft: Path, name: str
     assert registry.get(adapter.ref) == adapter  # reads no weights
     with pytest.raises(AdapterCorrupt, match="digest"):
         registry.verify(adapter.ref)
+
+
+def test_a_version_that_was_removed_is_told_from_one_that_was_never_here(
+    registry: Registry, draft: Path, tmp_path: Path
+) -> None:
+    ref = registry.publish(draft, policy="desk").ref
+    with pytest.raises(AdapterMissing) as never:
+        registry.get(AdapterRef("desk", 2))
+    shutil.rmtree(tmp_path / "adapters/desk/v0000001")
+    with pytest.raises(AdapterGone, match=r"desk@v1 .* its folder was removed by hand"):
+        registry.get(ref)
+    (tmp_path / "adapters/desk/.next").write_text("")
+    with pytest.raises(AdapterMissing) as illegible:
+        registry.get(ref)
+    (tmp_path / "adapters/desk").rename(tmp_path / "away")
+    with pytest.raises(AdapterMissing) as unmounted:
+        registry.get(ref)
+    assert {error.type for error in (never, illegible, unmounted)} == {AdapterMissing}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_disk_that_fails_refuses_no_draft(
+    registry: Registry, draft: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whoever trained it would else be told that training again is in vain."""
+    read_bytes = Path.read_bytes
+
+    def fail(file: Path) -> bytes:
+        if file.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(file)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_bytes", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            registry.publish(draft, policy="desk")
+    assert registry.publish(draft, policy="desk").ref.version == 1
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors"])

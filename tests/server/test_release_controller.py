@@ -195,6 +195,34 @@ async def test_a_live_version_that_is_damaged_at_the_start_is_rolled_back(tmp_pa
     after.store.close()
 
 
+@pytest.mark.parametrize("removed", [1, 2, 3])
+async def test_a_live_version_whose_folder_was_removed_gives_way_to_the_newest_intact_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, removed: int
+) -> None:
+    """The line's folder is there, so that it is no mount that is missing."""
+    before = Site(tmp_path)
+    refs = [await before.goes_live() for _ in range(3)]
+    before.store.close()
+    for ref in refs[3 - removed :]:
+        (tmp_path / f"adapters/desk/v{ref.version:07d}").rename(tmp_path / f"kept-{ref.version}")
+
+    after = Site(tmp_path)
+    await after.controller.start()
+    await after.controller.stop()
+    left = AdapterRef("desk", 3 - removed)
+    assert after.controller.live("desk") == after.releases.state("desk").live == left
+    for ref in refs[3 - removed :]:
+        assert after.releases.state("desk").states[ref.version] == "rolled_back"
+        assert "its folder was removed by hand" in after.reason(ref)
+        assert f"{ref} cannot be served and is rolled back" in caplog.text
+
+    (tmp_path / "kept-3").rename(tmp_path / "adapters/desk/v0000003")
+    after.releases.promote(refs[2], actor="cli", reason="it is back")
+    await after.controller.reconcile()
+    assert after.controller.live("desk") == refs[2]
+    after.store.close()
+
+
 async def test_another_base_model_condemns_no_version(tmp_path: Path) -> None:
     before = Site(tmp_path)
     ref = await before.goes_live()

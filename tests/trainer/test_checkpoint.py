@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,41 @@ def test_what_a_kill_left_half_written_is_not_seen_and_not_in_the_way(
         checkpoints.save(checkpoint(1))
     assert checkpoints.load(AdapterRef("line", 1)) is None
     checkpoints.save(checkpoint(1))
+    assert checkpoints.load(AdapterRef("line", 1)) is not None
+
+
+@pytest.mark.parametrize("damage", ["torn state", "torn moments", "no moments", "other keys"])
+def test_a_damaged_checkpoint_is_told_and_stops_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    folder = checkpoints.save(checkpoint(1))
+    if damage == "torn state":
+        (folder / "state.json").write_text((folder / "state.json").read_text()[:-9])
+    elif damage == "torn moments":
+        content = (folder / "optimizer.pt").read_bytes()
+        (folder / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    elif damage == "no moments":
+        (folder / "optimizer.pt").unlink()
+    else:
+        (folder / "state.json").write_text('{"seed": 17}')
+    monkeypatch.setattr(logging.getLogger("hone.trainer"), "propagate", True)
+    assert checkpoints.load(AdapterRef("line", 1)) is None
+    assert f"the checkpoint in '{folder}' is damaged" in caplog.text
+
+
+def test_a_disk_that_fails_damages_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(checkpoint(1))
+
+    def fail(*_: object) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as failing, pytest.raises(OSError, match="Too many open files"):
+        failing.setattr(Path, "read_text", fail)
+        checkpoints.load(AdapterRef("line", 1))
     assert checkpoints.load(AdapterRef("line", 1)) is not None
 
 
