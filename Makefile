@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(ENGINE)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo serve test compat check format curves clean
+.PHONY: help setup demo serve test faults compat check format curves clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ serve: $(READY) ## Leave the desk and Hone running, for you to play with
 
 test: check ## Check, then run every test on the real engine (ARGS="tests/policy --durations=9")
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(READY) ## Kill, cut power, fail disks, stop servers: some thousand times (ten minutes)
+	$(BIN)/python -m tests.faults
 
 compat: $(READY) ## Have other people's clients, suites and MCP servers use it (needs node)
 	$(BIN)/python -m pytest tests/compat/mcp_registry.py tests/compat/clients.py $(ARGS)
