@@ -24,7 +24,7 @@ serve: $(READY) ## Leave the desk and Hone running, for you to play with
 test: check ## Check, then run every test on the real engine (ARGS="tests/policy --durations=9")
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: $(READY) ## Kill, cut power, fail disks, stop servers: some thousand times (ten minutes)
+faults: $(READY) ## Kill, cut power, fail disks, stop servers: thousands of times (5 minutes)
 	$(BIN)/python -m tests.faults
 
 compat: $(READY) ## Have other people's clients, suites and MCP servers use it (needs node)

@@ -49,7 +49,7 @@ class Checkpoints:
         self._root = root
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write one, durably. A version's checkpoint is written once."""
+        """Write one, durably. A version has one; a try that failed may be repeated."""
         final = self._folder(checkpoint.ref)
         make_folder(final.parent)
         aside = final.with_name(f".{final.name}.part")
@@ -64,6 +64,8 @@ class Checkpoints:
         (aside / "state.json").write_text(json.dumps(state))
         for path in (aside / "optimizer.pt", aside / "state.json", aside):
             sync(path)
+        if final.exists():  # of an earlier try, whose last sync failed
+            shutil.rmtree(final)
         aside.rename(final)
         sync(final.parent)
         return final

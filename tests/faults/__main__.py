@@ -87,7 +87,7 @@ def _beside() -> tuple[list[Contest], list[Outages]]:
                 print(found, flush=True)
             outages = [
                 stop_postgres(postgres, postgres.url("stopped"), stops=20),
-                stop_redis(redis, f"sqlite:///{Path(place)}/redis.db", stops=10),
+                stop_redis(redis, f"sqlite:///{Path(place)}/redis.db", stops=5),
             ]
             for stopped in outages:
                 print(stopped, flush=True)

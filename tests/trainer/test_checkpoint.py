@@ -56,6 +56,22 @@ def test_what_a_kill_left_half_written_is_not_seen_and_not_in_the_way(
     assert checkpoints.load(AdapterRef("line", 1)) is not None
 
 
+def test_a_save_that_failed_in_its_last_sync_may_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+
+    def fail(path: Path) -> None:
+        if (path / "v1").exists():
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as failing, pytest.raises(OSError, match="Input/output error"):
+        failing.setattr("trainer.checkpoint.sync", fail)
+        checkpoints.save(checkpoint(1))
+    checkpoints.save(checkpoint(1))
+    assert checkpoints.load(AdapterRef("line", 1)) is not None
+
+
 @pytest.mark.parametrize("damage", ["torn state", "torn moments", "no moments", "other keys"])
 def test_a_damaged_checkpoint_is_told_and_stops_no_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: str
