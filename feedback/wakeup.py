@@ -89,6 +89,9 @@ class RedisWakeup:
         )
         self._local = InProcess()
         self._connected = False
+        self._closing = False
+        """Looked at besides the cancellation, which gets lost: an error on the way out takes its
+        place, and the client of Redis swallows some."""
         self._waiting: set[Topic] = set()
         self._loop = asyncio.new_event_loop()
         self._something = asyncio.Event()
@@ -108,6 +111,7 @@ class RedisWakeup:
         self._local.subscribe(topic, call)
 
     def close(self) -> None:
+        self._closing = True
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join()
@@ -127,17 +131,19 @@ class RedisWakeup:
         pause = _FIRST_PAUSE
         was_told = False
         try:
-            while True:
+            while not self._closing:
                 try:
                     await self._converse()
                 except* (RedisError, OSError) as group:
                     if self._connected:
                         pause, was_told = _FIRST_PAUSE, False
-                    if not was_told:
+                    if not was_told and not self._closing:
                         logger.warning(
                             "Redis is gone; polling until it is back: %s", group.exceptions[0]
                         )
                         was_told = True
+                if self._closing:
+                    return
                 self._turn(connected=False)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -154,7 +160,7 @@ class RedisWakeup:
             await listening
 
     async def _listen(self, channel: Any) -> None:
-        while True:
+        while not self._closing:
             message = await channel.get_message(
                 ignore_subscribe_messages=True, timeout=_PING_SECONDS
             )
@@ -163,9 +169,11 @@ class RedisWakeup:
 
     async def _publish(self) -> None:
         """Also notices a Redis that vanished without a word."""
-        while True:
+        while not self._closing:
+            # Not wait_for: until Python 3.12 it forgets that it was cancelled if its time has come.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._something.wait(), _PING_SECONDS)
+                async with asyncio.timeout(_PING_SECONDS):
+                    await self._something.wait()
             self._something.clear()
             topics, self._waiting = self._waiting, set()
             for topic in topics:

@@ -136,3 +136,19 @@ def test_a_wakeup_may_come_from_any_thread(pair: tuple[RedisWakeup, RedisWakeup]
     for thread in threads:
         thread.join()
     soon(lambda: heard.n > 0)
+
+
+def test_a_close_is_never_lost_whatever_is_under_way(redis_server: Redis) -> None:
+    """A publication, a lost connection: either could take the cancellation's place."""
+    for round_ in range(16):
+        end = RedisWakeup(redis_server.url)
+        soon(lambda end=end: end.connected)  # type: ignore[misc]  # the lambda is called in here
+        end.notify("outcomes")
+        if round_ % 4 == 3:
+            redis_server.stop(redis_server.at_once)
+        closing = threading.Thread(target=end.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive(), round_
+        if round_ % 4 == 3:
+            redis_server.start()
