@@ -8,11 +8,11 @@ from typing import Any
 from tests.faults.conftest import Campaign
 
 RECORD = (
-    "kill:ingest:15", "kill:claim:12", "kill:publish:15",
+    "kill:ingest:10", "kill:claim:8", "kill:publish:10",
     "power:ingest:30", "power:ingest-checkpointing:20", "power:claim:12", "power:publish:30",
-    "fail:ingest:2", "fail:claim:1", "fail:publish:2",
+    "fail:ingest:1", "fail:claim:1", "fail:publish:1",
 )  # fmt: skip
-TRAINER = ("kill:checkpoint:8", "kill:update:2", "power:checkpoint:20", "power:update:2")
+TRAINER = ("kill:checkpoint:6", "kill:update:1", "power:checkpoint:20", "power:update:2")
 CONTROLS = ("power:ingest-normal:40", "power:publish-unsynced:20")
 CLEAR = {"DiskFailed", "OutcomeUnknown", "RecordUnavailable", "OSError", "OperationalError"}
 """Errors that say what is wrong with the disk. The last one only as the record is opened."""
