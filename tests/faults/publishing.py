@@ -12,7 +12,7 @@ from pathlib import Path
 from policy.registry import Registry, RegistryError
 from policy.types import AdapterRef
 from tests.faults.scenarios import Acknowledge, Scenario, nothing, patiently
-from tests.policy.test_registry import BASE, RANK, write_draft
+from tests.policy.adapter_drafts import BASE, RANK, write_draft
 
 PUBLICATIONS = 2
 

@@ -27,7 +27,8 @@ from tests.faults.scenarios import Acknowledge, Scenario, nothing, patiently, ur
 from tests.trainer.conftest import record_episodes, write_base
 from trainer.baseline import Baseline
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.gate import Finding, FiniteWeights, Gate, Moved, Trial
+from trainer.gate import Finding, Gate, Trial
+from trainer.gate_weights import FiniteWeights, Moved
 from trainer.model import LoraModel
 from trainer.stop import Stop
 from trainer.train import Trainer
