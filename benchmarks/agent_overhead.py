@@ -20,12 +20,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from feedback.events import Receipt
-from feedback.types import Episode, FeedbackEvent, Turn
+from feedback.runs import NewRun, Run, RunCall
+from feedback.types import Episode, FeedbackEvent, ToolCall, Turn
 from policy.tool_calls import ParsedTurn, parse_turn
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
+from server.agents.calls import Tools
 from server.agents.run import Agent, RunRequest, run_to_end
 from server.agents.spec import AgentSpec
-from server.agents.turn import Tools
 from server.telemetry.export import Tracer
 from server.telemetry.metrics import Metrics
 from server.telemetry.settings import TelemetrySettings
@@ -96,8 +97,29 @@ class InstantRecorder:
     async def begin(self, episode: Episode) -> None:
         pass
 
+    async def begin_run(self, episode: Episode, run: NewRun) -> None:
+        pass
+
+    async def resume_run(self, run: Run) -> None:
+        pass
+
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         pass
+
+    async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None:
+        pass
+
+    async def make(self, episode_id: str, call_ids: Sequence[str]) -> None:
+        pass
+
+    async def answer(self, episode_id: str, call: ToolCall) -> None:
+        pass
+
+    async def complete(self, episode_id: str, turn: Turn) -> None:
+        pass
+
+    async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]:
+        return []
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         pass

@@ -21,6 +21,7 @@ from feedback.errors import (
     EpisodeExists,
     EpisodeForeign,
     EpisodeMissing,
+    EpisodeTaken,
     TurnOutOfOrder,
 )
 from feedback.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
@@ -55,17 +56,19 @@ class EpisodeSummary:
     """The value in force of each metric that has been reported."""
 
 
-def begin(connection: Connection, episode: Episode) -> None:
+def begin(connection: Connection, episode: Episode, owner: str | None = None) -> None:
     """Record that an episode began, with whatever turns it already has.
 
-    Raises EpisodeExists, or EpisodeForeign if its id or its policy is another tenant's: nobody's
-    data trains another's adapter.
+    `owner` is the server that runs it. Here and below, None asks for no owner. Raises
+    EpisodeExists, or EpisodeForeign if its id or its policy is another tenant's: nobody's data
+    trains another's adapter.
     """
     _check_names(episode)
     if claimed_by(connection, episode.policy) not in (None, episode.tenant):
         raise EpisodeForeign(f"policy {episode.policy!r} is another tenant's")
     statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
-    if connection.execute(statement, _episode_values(episode)).first() is None:
+    values = _episode_values(episode) | {"owner": owner}
+    if connection.execute(statement, values).first() is None:
         if tenant_of(connection, episode.id) != episode.tenant:
             raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
         raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
@@ -85,10 +88,15 @@ def begin(connection: Connection, episode: Episode) -> None:
         end(connection, episode.id, episode.stop_reason, episode.ended_at or episode.started_at)
 
 
-def append_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
+def append_turn(
+    connection: Connection, episode_id: str, turn: Turn, owner: str | None = None
+) -> None:
     """Record the next turn; the last one again, if it is the same, is no error: who got no answer
-    may repeat it. Raises EpisodeMissing, EpisodeEnded, TurnOutOfOrder or ValueError."""
-    row = _running(connection, episode_id)
+    may repeat it.
+
+    Raises EpisodeMissing, EpisodeEnded, EpisodeTaken, TurnOutOfOrder or ValueError.
+    """
+    row = running(connection, episode_id, owner)
     if turn.index == row.n_turns - 1 and _is_last(connection, row, turn):
         return
     if turn.index != row.n_turns:
@@ -145,12 +153,30 @@ def _is_last(connection: Connection, row: Row[Any], turn: Turn) -> bool:
     return is_same
 
 
-def end(connection: Connection, episode_id: str, stop_reason: str, ended_at: float) -> None:
-    """Record that an episode is over. Raises EpisodeMissing or EpisodeEnded."""
-    _running(connection, episode_id)
+def complete_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
+    """Record what the tools answered to a turn that was appended before they were called."""
+    connection.execute(
+        update(TURN).where(TURN.c.episode_id == episode_id, TURN.c.index == turn.index),
+        {
+            "tool_calls": [dataclasses.asdict(call) for call in turn.tool_calls],
+            "fault": None if turn.fault is None else storable(turn.fault),
+            "seconds": turn.seconds,
+        },
+    )
+
+
+def end(
+    connection: Connection,
+    episode_id: str,
+    stop_reason: str,
+    ended_at: float,
+    owner: str | None = None,
+) -> None:
+    """Record that an episode is over. Raises EpisodeMissing, EpisodeEnded or EpisodeTaken."""
+    running(connection, episode_id, owner)
     connection.execute(
         update(EPISODE).where(EPISODE.c.id == episode_id),
-        {"stop_reason": stop_reason, "ended_at": ended_at},
+        {"stop_reason": stop_reason, "ended_at": ended_at, "owner": None},
     )
     connection.execute(
         update(ITEM).where(ITEM.c.episode_id == episode_id),
@@ -158,17 +184,21 @@ def end(connection: Connection, episode_id: str, stop_reason: str, ended_at: flo
     )
 
 
-def interrupt_running(connection: Connection, now: float) -> int:
-    """End every running episode as 'interrupted'; returns how many there were."""
-    running = EPISODE.c.stop_reason.is_(None)
-    connection.execute(
-        update(ITEM).where(ITEM.c.episode_id.in_(select(EPISODE.c.id).where(running))),
-        {"state": "touched", "ended_at": now},
-    )
-    result = connection.execute(
-        update(EPISODE).where(running), {"stop_reason": "interrupted", "ended_at": now}
-    )
-    return result.rowcount
+def running(connection: Connection, episode_id: str, owner: str | None = None) -> Row[Any]:
+    """The episode, locked until the caller's transaction ends.
+
+    Raises EpisodeMissing, EpisodeEnded or, if another than `owner` has it, EpisodeTaken: a server
+    that was thought dead may come back, and must not go on with what was taken over.
+    """
+    query = select(EPISODE).where(EPISODE.c.id == episode_id).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        raise EpisodeMissing(f"no episode {episode_id!r}; begin it first")
+    if row.stop_reason is not None:
+        raise EpisodeEnded(f"episode {episode_id!r} is over ({row.stop_reason})")
+    if owner is not None and row.owner != owner:
+        raise EpisodeTaken(f"episode {episode_id!r} is run by another server now")
+    return row
 
 
 def load(connection: Connection, ids: Sequence[str], tenant: str | None = None) -> list[Episode]:
@@ -229,17 +259,6 @@ def summaries(
 
 def _row(connection: Connection, episode_id: str) -> Row[Any] | None:
     return connection.execute(select(EPISODE).where(EPISODE.c.id == episode_id)).first()
-
-
-def _running(connection: Connection, episode_id: str) -> Row[Any]:
-    """The episode, locked until the caller's transaction ends."""
-    query = select(EPISODE).where(EPISODE.c.id == episode_id).with_for_update()
-    row = connection.execute(query).first()
-    if row is None:
-        raise EpisodeMissing(f"no episode {episode_id!r}; begin it first")
-    if row.stop_reason is not None:
-        raise EpisodeEnded(f"episode {episode_id!r} is over ({row.stop_reason})")
-    return row
 
 
 def _check_names(episode: Episode) -> None:

@@ -15,7 +15,9 @@ class RecordError(Exception):
     ├── EpisodeExists    an episode of this id was begun before
     ├── EpisodeForeign   its id, or its policy, is another tenant's
     ├── EpisodeEnded     the episode is over and takes no more turns
+    ├── EpisodeTaken     another server runs the episode: our lease ran out
     ├── TurnOutOfOrder   a turn's index is not the next one
+    ├── CallNotWaiting   a call does not wait for what was given
     └── LeaseLost        another trainer holds this claim, or it is over
     """
 
@@ -53,7 +55,15 @@ class EpisodeEnded(RecordError):
     pass
 
 
+class EpisodeTaken(RecordError):
+    pass
+
+
 class TurnOutOfOrder(RecordError):
+    pass
+
+
+class CallNotWaiting(RecordError):
     pass
 
 

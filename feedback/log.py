@@ -21,12 +21,13 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
-from feedback import episodes, events
+from feedback import episodes, events, run_record
 from feedback.database import has_committed, transaction_id, writing
 from feedback.errors import DiskFailed, OutcomeUnknown, RecordError, RecordUnavailable
 from feedback.events import Receipt
+from feedback.runs import NewRun, Run, RunCall
 from feedback.store import Store
-from feedback.types import Episode, FeedbackEvent, Turn
+from feedback.types import Episode, FeedbackEvent, ToolCall, Turn
 from feedback.wakeup import InProcess, Wakeup
 
 _MOST = 256
@@ -70,10 +71,14 @@ class _Write:
 class Log:
     """Group commit over a store. A refused write fails alone; the rest of its batch is kept.
 
-    A task that is cancelled while it awaits does not take its write back.
+    A task that is cancelled while it awaits does not take its write back. What an episode's `owner`
+    writes is refused (EpisodeTaken) once another has taken it over; None asks for no owner.
     """
 
-    def __init__(self, store: Store, wakeup: Wakeup | None = None) -> None:
+    def __init__(
+        self, store: Store, wakeup: Wakeup | None = None, *, owner: str | None = None
+    ) -> None:
+        self._owner = owner
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -89,18 +94,65 @@ class Log:
 
     async def begin(self, episode: Episode) -> None:
         """As `Store.begin`."""
-        await self._submit(lambda connection: episodes.begin(connection, episode))
+        await self._submit(lambda connection: episodes.begin(connection, episode, self._owner))
 
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         """As `Store.append_turn`."""
-        await self._submit(lambda connection: episodes.append_turn(connection, episode_id, turn))
+        await self._submit(
+            lambda connection: episodes.append_turn(connection, episode_id, turn, self._owner)
+        )
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         """As `Store.end`."""
         await self._submit(
-            lambda connection: episodes.end(connection, episode_id, stop_reason, ended_at),
+            lambda connection: run_record.end(
+                connection, episode_id, stop_reason, ended_at, self._owner
+            ),
             is_outcome=True,
         )
+
+    async def begin_run(self, episode: Episode, run: NewRun) -> None:
+        """As `begin`, for an agent's run."""
+        await self._submit(
+            lambda connection: run_record.begin(connection, episode, run, self._owner)
+        )
+
+    async def resume_run(self, run: Run) -> None:
+        """A run that was queued, waited, or lost its server goes on."""
+        await self._submit(
+            lambda connection: run_record.start(connection, run.episode.id, self._owner)
+        )
+
+    async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None:
+        """As `append_turn`, before the turn's calls are made."""
+        await self._submit(
+            lambda connection: run_record.intend(connection, episode_id, turn, calls, self._owner)
+        )
+
+    async def make(self, episode_id: str, call_ids: Sequence[str]) -> None:
+        """Calls that were approved are made now."""
+        await self._submit(
+            lambda connection: run_record.make(connection, episode_id, call_ids, self._owner)
+        )
+
+    async def answer(self, episode_id: str, call: ToolCall) -> None:
+        """One call of a turn is answered; others are under way."""
+        await self._submit(
+            lambda connection: run_record.answer(connection, episode_id, call, self._owner)
+        )
+
+    async def complete(self, episode_id: str, turn: Turn) -> None:
+        """All calls of a turn are answered."""
+        await self._submit(
+            lambda connection: run_record.complete(connection, episode_id, turn, self._owner)
+        )
+
+    async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]:
+        """As `feedback.run_record.pause`."""
+        calls: list[RunCall] = await self._submit(
+            lambda connection: run_record.pause(connection, episode_id, waits_until, self._owner)
+        )
+        return calls
 
     async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
         """As `Store.add_feedback`."""

@@ -47,6 +47,65 @@ class EpisodeRow(SQLModel, table=True):
     """Digest of those ids, packed."""
     labels: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     """`Episode.metadata`: that name is taken in a SQLModel class."""
+    owner: str | None = Field(default=None, max_length=ID_LENGTH)
+    """The server that runs it, as long as its lease lasts; None: nobody, for example a run that
+    waits."""
+
+
+class ServerLeaseRow(SQLModel, table=True):
+    """One server that is alive, as far as it has said so."""
+
+    __tablename__ = "server_lease"
+
+    owner: str = Field(primary_key=True, max_length=ID_LENGTH)
+    expires_at: float
+
+
+class AgentRunRow(SQLModel, table=True):
+    """What an agent's episode needs beyond its turns to go on after its server died."""
+
+    __tablename__ = "agent_run"
+    __table_args__ = (
+        Index("ix_agent_run_state", "state", "waits_until"),
+        Index("ix_agent_run_webhook", "webhook_due_at"),
+    )
+
+    episode_id: str = Field(primary_key=True, foreign_key="episode.id", max_length=ID_LENGTH)
+    tenant: str = Field(max_length=ID_LENGTH)
+    state: str = Field(max_length=20)
+    """queued, running, waiting or ended."""
+    is_background: bool
+    """Whether it was asked for without waiting on its answer: its end is told by webhook."""
+    is_durable: bool
+    """Whether it goes on if its server dies: in the background, or once it has waited."""
+    request: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    cancel_requested: bool
+    waits_until: float | None = None
+    webhook_due_at: float | None = None
+    """When the next attempt to tell its end is due; None: there is nothing to tell."""
+    webhook_attempts: int
+
+
+class AgentCallRow(SQLModel, table=True):
+    """One tool call of a run, from its intent to its answer."""
+
+    __tablename__ = "agent_call"
+    __table_args__ = (Index("ix_agent_call_id", "id"),)
+
+    episode_id: str = Field(primary_key=True, foreign_key="episode.id", max_length=ID_LENGTH)
+    id: str = Field(primary_key=True, max_length=ID_LENGTH)
+    turn: int
+    place: int
+    """Among the turn's calls."""
+    state: str = Field(max_length=20)
+    repeatable: bool
+    """Whether it may be made again if nobody knows whether it was made."""
+    status: str | None = Field(default=None, max_length=20)
+    result: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    seconds: float
+    decided_by: str | None = Field(default=None, max_length=ID_LENGTH)
+    reason: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    decided_at: float | None = None
 
 
 class TurnRow(SQLModel, table=True):
@@ -190,3 +249,6 @@ ITEM = _table("training_item")
 LINE = _table("training_line")
 RUN = _table("training_run")
 KEY = _table("api_key")
+SERVER_LEASE = _table("server_lease")
+AGENT_RUN = _table("agent_run")
+AGENT_CALL = _table("agent_call")

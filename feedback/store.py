@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlmodel import Session
 
-from feedback import claims, episodes, events, outcomes
+from feedback import claims, episodes, events, outcomes, run_record
 from feedback import readiness as ready
 from feedback.database import open_database, writing
 from feedback.episodes import EpisodeSummary
@@ -56,15 +56,7 @@ class Store:
     def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         """Record that an episode is over; raises EpisodeMissing or EpisodeEnded."""
         with self._writing.begin() as connection:
-            episodes.end(connection, episode_id, stop_reason, ended_at)
-
-    def interrupt_running(self, *, now: float | None = None) -> int:
-        """End what a killed server left running as 'interrupted'; returns how many there were.
-
-        For the start of the only server on a database: it asks nobody who is running what.
-        """
-        with self._writing.begin() as connection:
-            return episodes.interrupt_running(connection, _or_now(now))
+            run_record.end(connection, episode_id, stop_reason, ended_at)
 
     def episode(self, id: str, tenant: str = "default") -> Episode | None:
         """One episode with its turns."""

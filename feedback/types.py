@@ -14,7 +14,7 @@ Purpose = Literal["live", "practice", "evaluation", "shadow"]
 """Only live and practice episodes are ever trained on. Shadow ones are copies that the server makes
 of others, and that nobody was shown."""
 
-ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid"]
+ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid", "unknown", "pending"]
 
 METRIC_PATTERN = r"^[a-z][a-z0-9_.-]{0,63}$"
 LARGEST_VALUE = 1e15
@@ -30,8 +30,9 @@ class ToolCall:
     name: str
     arguments: Mapping[str, Any]
     status: ToolStatus
-    """ok; error: the tool answered with a failure; refused: the owner's policy; timeout; invalid:
-    no such tool, or arguments that its schema refuses."""
+    """ok; error: the tool answered with a failure; refused: by the owner's policy, or by a person;
+    timeout; invalid: no such tool, or arguments that its schema refuses; unknown: begun by a server
+    that died before the answer; pending: not answered yet."""
     result: str
     """The text that the model was shown."""
     seconds: float = 0.0
@@ -79,7 +80,7 @@ class Episode:
     turns: Sequence[Turn] = ()
     stop_reason: str | None = None
     """None while it runs; then finished, turn_limit, token_limit, time_limit, context_limit,
-    cancelled, engine_error, idle or interrupted."""
+    spend_limit, cancelled, engine_error, idle or interrupted."""
     ended_at: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 

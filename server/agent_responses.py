@@ -13,11 +13,13 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from server.agent_runs import RunIn, RunStream, StartedRun, failure, start_run
-from server.agents.events import RunEnded, Usage
+from server.agent_runs import RunIn, RunStream, start_run
+from server.agents.events import RunEnded, RunPaused, Usage
 from server.errors import ApiError, BadRequest
 from server.plain_responses import AskedResponse, sse
 from server.routing import AGENT_PREFIX
+from server.run_wire import last_said, usage_of
+from server.runner import StartedRun, failure
 from server.services import Services
 from server.wire import EPISODE_HEADER
 
@@ -35,8 +37,23 @@ async def agent_response(
     if run.stream:
         episode_id = (await started.begin()).episode_id
         return RunStream(started, episode_id, told.events(episode_id))
-    ended, _ = await started.to_end()
+    outcome, _ = await started.to_end()
+    ended = await _end(outcome, services)
     return JSONResponse(told.ended(ended), headers={EPISODE_HEADER: ended.episode_id})
+
+
+async def _end(outcome: RunEnded | RunPaused, services: Services) -> RunEnded:
+    """How a run ended. While a person has to approve its calls, the answer waits too."""
+    if isinstance(outcome, RunEnded):
+        return outcome
+    run = await services.runs.settled(outcome.episode_id)
+    return RunEnded(
+        outcome.episode_id,
+        run.episode.stop_reason or "engine_error",
+        last_said(run, services.chat).content,
+        usage_of(run),
+        len(run.episode.turns),
+    )
 
 
 def _run(asked: AskedResponse, headers: Mapping[str, str]) -> RunIn:
@@ -100,12 +117,13 @@ class _Told:
                 yield _event(number, kind, response=begun)
                 number += 1
             async for event in self._started.events:
-                if not isinstance(event, RunEnded):
+                if not isinstance(event, RunEnded | RunPaused):
                     continue
-                for kind, fields in self._of_message(event.output):
+                end = await _end(event, self._services)
+                for kind, fields in self._of_message(end.output):
                     yield _event(number, kind, **fields)
                     number += 1
-                response = self.ended(event)
+                response = self.ended(end)
                 yield _event(number, f"response.{response['status']}", response=response)
         except Exception as error:
             # The status line is long gone; the stream says it instead.

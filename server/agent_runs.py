@@ -1,36 +1,47 @@
-"""Runs as HTTP asks for them: begun from a request, followed to their end, left cleanly.
+"""Runs as HTTP asks for them: what a request may say, and what is begun from it.
 
 Shared by `/v1/agents/NAME/runs` and by agents that are chatted with; how a run looks on the wire is
-theirs. The run itself is `server.agents.run`.
+`server.run_wire`'s, what it takes to run one `server.runner`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack
-from typing import Annotated, Any, cast
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, cast
 
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.types import Receive, Scope, Send
 
-from feedback.types import Turn
 from policy.types import AdapterRef
-from server.agents.events import RunEnded, RunEvent, RunStarted, TurnRecorded
-from server.agents.run import Agent, RunRequest, run_agent
-from server.errors import FORESEEN, ApiError, BadRequest, NotFound, as_api_error
+from server.agents.run import Agent, RunRequest
+from server.errors import BadRequest, NotFound
+from server.runner import StartedRun
 from server.services import Services
 from server.telemetry.logs import log_also
 from server.wire import EPISODE_HEADER, MAX_METADATA, AskedPurpose, EpisodeId
 
-logger = logging.getLogger("hone.server")
 
-_NO_RETRY = {"x-should-retry": "false"}
-"""Its tools may have acted: the openai client must not run it a second time by itself."""
+class FunctionIn(BaseModel):
+    """What a function is called, what it does, and what it takes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = Field(None, max_length=4096)
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema (2020-12).")
+
+
+class ClientToolIn(BaseModel):
+    """A function that the client runs: the run waits for its result."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["function"] = "function"
+    function: FunctionIn
 
 
 class RunIn(BaseModel):
@@ -47,6 +58,10 @@ class RunIn(BaseModel):
     purpose: AskedPurpose = "live"
     model: str | None = Field(None, description="'policy@vN' pins a version.")
     stream: bool = False
+    background: bool = Field(
+        False, description="Answer at once; GET /v1/runs/ID tells how the run goes."
+    )
+    tools: list[ClientToolIn] = Field(default_factory=list, max_length=128)
     metadata: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("metadata")
@@ -56,59 +71,18 @@ class RunIn(BaseModel):
             raise ValueError(f"metadata is larger than {MAX_METADATA} bytes; send less")
         return metadata
 
-
-class StartedRun:
-    """One run under a lease on its adapter. Whoever holds it must come to its end or `close` it."""
-
-    def __init__(
-        self, adapter: AdapterRef, events: AsyncGenerator[RunEvent], lease: ExitStack
-    ) -> None:
-        self.adapter = adapter
-        self.events = events
-        self._lease = lease
-
-    async def begin(self) -> RunStarted:
-        """Await the first event, so that what is wrong with the request is a plain error."""
-        try:
-            first = await anext(self.events)
-        except BaseException:
-            self._lease.close()
-            raise
-        assert isinstance(first, RunStarted)  # noqa: S101 - narrows: runs begin with it
-        return first
-
-    async def to_end(self) -> tuple[RunEnded, list[Turn]]:
-        """Follow the run to its end. Raises ApiError for whatever fails it once it has begun."""
-        turns: list[Turn] = []
-        episode_id: str | None = None
-        try:
-            async for event in self.events:
-                if isinstance(event, RunStarted):
-                    episode_id = event.episode_id
-                elif isinstance(event, TurnRecorded):
-                    turns.append(event.turn)
-                elif isinstance(event, RunEnded):
-                    return event, turns
-        except Exception as error:
-            if episode_id is None:
-                raise
-            raise failure(error, episode_id) from error
-        finally:
-            await self.close()
-        raise AssertionError("a run ended without saying so")
-
-    async def close(self) -> None:
-        """Cancel what still runs and give the lease back."""
-        try:
-            await self.events.aclose()
-        finally:
-            self._lease.close()
+    @model_validator(mode="after")
+    def _is_followed_or_not(self) -> RunIn:
+        if self.stream and self.background:
+            raise ValueError("stream and background exclude each other; choose one")
+        return self
 
 
 class RunStream(StreamingResponse):
-    """Server-sent events of one run that has begun; leaving early cancels it."""
+    """Server-sent events of one run that has begun; leaving early cancels it. Without a run here,
+    those of one that goes on without this client."""
 
-    def __init__(self, run: StartedRun, episode_id: str, lines: AsyncIterator[str]) -> None:
+    def __init__(self, run: StartedRun | None, episode_id: str, lines: AsyncIterator[str]) -> None:
         self._run = run
         super().__init__(
             lines,
@@ -120,21 +94,28 @@ class RunStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._run.close()
-
-
-def failure(error: Exception, episode_id: str) -> ApiError:
-    """What a client is told of a run that failed after it began; the log has what it is not."""
-    if not isinstance(error, FORESEEN):
-        logger.error("the run of episode %s failed", episode_id, exc_info=error)
-    told = as_api_error(error)
-    told.headers = {**_NO_RETRY, EPISODE_HEADER: episode_id}
-    return told
+            if self._run is not None:
+                await self._run.close()
 
 
 async def start_run(name: str, asked: RunIn, services: Services, tenant: str) -> StartedRun:
-    """Take a lease on the adapter and begin, for a tenant. Raises ApiError for an agent or model
-    that it does not have."""
+    """Take a lease on the adapter and begin. Raises ApiError for an agent or model that the tenant
+    does not have."""
+    agent, request, adapter = _asked(name, asked, services, tenant)
+    return await services.runs.runner.start(agent, request, adapter)
+
+
+async def queue_run(name: str, asked: RunIn, services: Services, tenant: str) -> str:
+    """Have it run in the background, and return its id once it is on disk."""
+    agent, request, adapter = _asked(name, asked, services, tenant)
+    await services.runs.runner.queue(agent, request, adapter)
+    services.runs.go_on(request.episode_id)
+    return request.episode_id
+
+
+def _asked(
+    name: str, asked: RunIn, services: Services, tenant: str
+) -> tuple[Agent, RunRequest, AdapterRef]:
     agents = services.agents_of(tenant)
     agent = agents.get(name)
     if agent is None:
@@ -144,19 +125,15 @@ async def start_run(name: str, asked: RunIn, services: Services, tenant: str) ->
             code="agent_not_found",
             param="agent",
         )
+    if asked.tools and not agent.spec.client_tools:
+        raise BadRequest(
+            f"agent {name!r} takes no functions of its clients; leave `tools` out",
+            code="client_tools_refused",
+            param="tools",
+        )
     request = _request(name, asked, tenant)
     log_also(episode_id=request.episode_id)
-    adapter = _adapter(agent, asked.model, request, services)
-    lease = await services.controller.hold(adapter)
-    events = run_agent(
-        agent,
-        request,
-        engine=services.engine,
-        chat=services.chat,
-        adapter=adapter,
-        recorder=services.log,
-    )
-    return StartedRun(adapter, events, lease)
+    return agent, request, _adapter(agent, asked.model, request, services)
 
 
 def _adapter(
@@ -187,4 +164,5 @@ def _request(name: str, asked: RunIn, tenant: str) -> RunRequest:
         metadata=asked.metadata,
         tenant=tenant,
         stream=asked.stream,
+        tools=[tool.model_dump(exclude_none=True) for tool in asked.tools],
     )

@@ -6,7 +6,6 @@ Nothing else constructs engines, stores or clients. What the parts do is their o
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from feedback.keys import ApiKeys
 from feedback.log import Log
+from feedback.run_store import RunStore
 from feedback.spec import ShadowSpec
 from feedback.store import Store
 from feedback.wakeup import Wakeup, open_wakeup
@@ -32,6 +32,7 @@ from policy.leases import Leases
 from policy.ownership import own, owners
 from policy.registry import Registry
 from policy.releases import Releases
+from policy.types import AdapterRef
 from server.access.counters import Counters
 from server.access.document import describe
 from server.access.gate import Access, Gate
@@ -43,6 +44,7 @@ from server.agents.run import Agent
 from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
 from server.errors import install_error_handlers
+from server.instance import Heartbeat, new_name
 from server.middleware import BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, collect
 from server.plain_responses import AskedResponse
@@ -60,10 +62,14 @@ from server.routes import (
     models,
     policies,
     responses,
+    runs,
     training,
     webhooks,
 )
 from server.routing import Routing
+from server.run_keeper import RunKeeper
+from server.run_webhooks import EndTeller
+from server.runner import Runner
 from server.sampled_reply import SampledReply
 from server.services import Services, services_of
 from server.settings import Settings
@@ -78,8 +84,6 @@ from server.tools.breaker import Breaker
 
 if TYPE_CHECKING:
     from server.telemetry.spans import Spans
-
-logger = logging.getLogger("hone.server")
 
 
 class OpenAiRoutes(Protocol):
@@ -160,7 +164,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     install_error_handlers(app)
     for module in (
         *(health, models, responses, agents, feedback, webhooks),
-        *(episodes, policies, training, metrics, keys),
+        *(runs, episodes, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
     describe(app)
@@ -214,7 +218,8 @@ async def _start(
     engine = parts.engine(base, settings)
     stack.push_async_callback(engine.close)
 
-    store, wakeup, writer = _open_record(settings, stack)
+    store, run_store, wakeup, writer = _open_record(settings, stack)
+    heartbeat = await _heartbeat(run_store, settings, stack)
     own(store.database, {spec.policy: spec.tenant for spec in specs.values()})
     chat = parts.chat(base.path)
     spans = _spans(settings, chat, stack)
@@ -245,17 +250,13 @@ async def _start(
     stack.push_async_callback(shadow.stop)
 
     decider = CanaryDecider(releases, store, {s.policy: s.learning for s in specs.values()})
-    decider.start()
-    stack.push_async_callback(decider.stop)
+    _run(decider, stack)
 
-    retention = Retention(
-        releases,
-        registry,
-        lambda ref: ref in engine.loaded or bool(leases.count(ref)),
-        keep=settings.model.keep_versions,
-    )
-    retention.start()
-    stack.push_async_callback(retention.stop)
+    def in_use(ref: AdapterRef) -> bool:
+        waits = run_store.is_pinned(ref.policy, ref.version)
+        return waits or ref in engine.loaded or bool(leases.count(ref))
+
+    _run(Retention(releases, registry, in_use, keep=settings.model.keep_versions), stack)
 
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
     agent_policies = {spec.name: spec.policy for spec in specs.values()}
@@ -263,20 +264,20 @@ async def _start(
     plain = PlainTraffic(
         log, idle_seconds=settings.http.episode_idle_seconds, is_reply=SampledReply(chat.parse)
     )
-    plain.start()
-    stack.push_async_callback(plain.stop)
+    _run(plain, stack)
     parts.openai_routes(app, engine, base_name, collect)
 
     served, breakers = await _open_agents(specs, spans, stack)
     if counted is not None:
         counted.know_breakers(breakers)
         counted.know_tools({tool for agent in served.values() for tool in agent.toolbox.names})
+    runner = Runner(served, engine, chat, controller, log)
+    keeper = await _keep_runs(runner, run_store, heartbeat, settings, stack)
 
     trainer = None
     if settings.trainer.enabled and served:
         trainer = Supervisor("trainer", parts.trainer, _trainer_environment(settings))
-        trainer.start()
-        stack.push_async_callback(trainer.stop)
+        _run(trainer, stack)
     return Services(
         settings=settings,
         base_name=base_name,
@@ -294,6 +295,7 @@ async def _start(
         plain=plain,
         responses=ResponseStore(settings.http.max_kept_responses_mb * 2**20),
         agents=served,
+        runs=keeper,
         webhooks=webhooks,
         trainer=trainer,
         metrics=counted,
@@ -302,17 +304,29 @@ async def _start(
     )
 
 
+class _Runs(Protocol):
+    """What works beside requests."""
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def _run(part: _Runs, stack: AsyncExitStack) -> None:
+    """Have it work until the server stops."""
+    part.start()
+    stack.push_async_callback(part.stop)
+
+
 def _open_access(
     settings: Settings, store: Store, counted: Metrics | None, stack: AsyncExitStack
 ) -> Access:
     """Who is known by a key, and what was used."""
     ring = KeyRing(ApiKeys(store.database), max_age=settings.access.key_cache_seconds)
-    ring.start()
-    stack.push_async_callback(ring.stop)
+    _run(ring, stack)
     missed = (lambda: None) if counted is None else counted.limit_fell_back
     limits = Limits(settings.limits, Counters(settings.storage.redis, missed))
-    limits.start()
-    stack.push_async_callback(limits.stop)
+    _run(limits, stack)
     return Access(ring, limits)
 
 
@@ -322,18 +336,46 @@ def _shadowed(specs: Mapping[str, AgentSpec]) -> dict[str, ShadowSpec]:
     return {policy: asked.shadow for policy, asked in canaries if asked and asked.shadow}
 
 
-def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, Wakeup, Log]:
+def _open_record(settings: Settings, stack: AsyncExitStack) -> tuple[Store, RunStore, Wakeup, Log]:
     """The record, how others hear of news in it, and the log that writes to it."""
     store = Store.open(settings.storage.database)
     stack.callback(store.close)
-    interrupted = store.interrupt_running()
-    if interrupted:
-        logger.warning("%d episodes were cut off by the last stop: 'interrupted'", interrupted)
+    run_store = RunStore(store.database, new_name())
     wakeup = open_wakeup(settings.storage.redis)
     stack.callback(wakeup.close)
-    log = Log(store, wakeup)
+    log = Log(store, wakeup, owner=run_store.owner)
     stack.push_async_callback(asyncio.to_thread, log.close)
-    return store, wakeup, log
+    return store, run_store, wakeup, log
+
+
+async def _heartbeat(run_store: RunStore, settings: Settings, stack: AsyncExitStack) -> Heartbeat:
+    """This server's sign of life, before it has anything that another could take over."""
+    heartbeat = Heartbeat(run_store, settings.runs.lease_seconds)
+    await heartbeat.start()
+    stack.push_async_callback(heartbeat.stop)
+    return heartbeat
+
+
+async def _keep_runs(
+    runner: Runner,
+    run_store: RunStore,
+    heartbeat: Heartbeat,
+    settings: Settings,
+    stack: AsyncExitStack,
+) -> RunKeeper:
+    """What goes on with runs, those of dead servers first."""
+    keeper = RunKeeper(
+        runner,
+        run_store,
+        EndTeller(run_store, runner.agents, runner.chat),
+        heartbeat,
+        sweep_seconds=settings.runs.lease_seconds / 3,
+        at_once=settings.runs.background,
+        drain_seconds=settings.http.drain_seconds,
+    )
+    await keeper.start()
+    stack.push_async_callback(keeper.stop)
+    return keeper
 
 
 async def _open_agents(

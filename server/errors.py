@@ -26,10 +26,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from feedback.errors import EpisodeExists, EpisodeForeign, EpisodeMissing, RecordUnavailable
+from feedback.errors import (
+    CallNotWaiting,
+    EpisodeExists,
+    EpisodeForeign,
+    EpisodeMissing,
+    EpisodeTaken,
+    RecordUnavailable,
+)
 from feedback.log import LogClosed
 from policy.chat import ChatFormatError
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineError, PromptTooLong
+from server.agents.calls import ClientFunctionRefused
 
 logger = logging.getLogger("hone.server")
 
@@ -128,10 +136,13 @@ _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     EngineError: (Unavailable, "engine_unavailable", None),
     EpisodeExists: (Conflict, "episode_exists", "episode_id"),
     EpisodeForeign: (Forbidden, "episode_forbidden", "episode_id"),
+    EpisodeTaken: (Conflict, "run_taken_over", None),
+    CallNotWaiting: (Conflict, "call_not_waiting", "call_id"),
     EpisodeMissing: (NotFound, "episode_not_found", "episode_id"),
     RecordUnavailable: (Unavailable, "record_unavailable", None),
     LogClosed: (Unavailable, "stopping", None),
     ChatFormatError: (BadRequest, "invalid_messages", "messages"),
+    ClientFunctionRefused: (BadRequest, "invalid_tools", "tools"),
 }
 """What the rooms below raise, and what a client is told; the first match counts."""
 

@@ -226,6 +226,8 @@ class ReleaseController:
             except AdapterCorrupt as error:
                 state = await asyncio.to_thread(self._take_back, state, str(error), damaged=True)
             except AdapterGone as error:
+                if state.policy in self._live:
+                    raise  # what is served goes on, until the folder is put back
                 # Its folder may be put back, and the version promoted again.
                 state = await asyncio.to_thread(self._take_back, state, str(error), damaged=False)
             except AdapterRefused as error:

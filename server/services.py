@@ -26,6 +26,7 @@ from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
 from server.response_store import ResponseStore
 from server.routing import Routing
+from server.run_keeper import RunKeeper
 from server.settings import Settings
 from server.shadow import Shadow
 from server.supervisor import Supervisor
@@ -54,6 +55,7 @@ class Services:
     plain: PlainTraffic
     responses: ResponseStore
     agents: Mapping[str, Agent]
+    runs: RunKeeper
     webhooks: Mapping[str, WebhookSource]
     trainer: Supervisor | None
     """None when the server runs no trainer."""

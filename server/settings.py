@@ -77,6 +77,17 @@ class HttpSettings(BaseModel):
         return self
 
 
+class RunsSettings(BaseModel):
+    """How agents' runs outlive a client's patience and a server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lease_seconds: float = Field(
+        15.0, gt=0.2, description="A server silent for this long is dead: others take its runs."
+    )
+    background: int = Field(64, ge=1, description="Background runs at once; others are queued.")
+
+
 class Settings(BaseSettings):
     """Everything `hone serve` can be told."""
 
@@ -93,6 +104,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     storage: StorageSettings = StorageSettings()
     http: HttpSettings = HttpSettings()
+    runs: RunsSettings = RunsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
     trainer: TrainerSection = TrainerSection()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from feedback.types import ToolCall, Turn
 from policy.types import AdapterRef
@@ -73,8 +73,37 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingCall:
+    """A call that keeps a run from going on."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+    needs: Literal["approval", "client"]
+    """A person's word, or the result of a function that the client runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaused:
+    """The run waits, on disk, for what its last turn's calls need. The last event until then."""
+
+    episode_id: str
+    waiting: tuple[WaitingCall, ...]
+    waits_until: float
+    """Unix seconds: past it, it goes on or ends without."""
+    turn: Turn
+    """The turn that waits; calls that were answered are."""
+    output: str
+    """What the policy said in it, outside of tool calls."""
+    usage: Usage
+    turns: int
+    spend: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The episode's end is on disk. Always the last event of a run that raised nothing."""
+    """The episode's end is on disk. The last event of a run that raised nothing, unless it waits or
+    is left to another server."""
 
     episode_id: str
     stop_reason: str
@@ -82,8 +111,17 @@ class RunEnded:
     """What the policy said in its last turn, outside of tool calls."""
     usage: Usage
     turns: int
+    spend: float | None = None
+    """By the agent's price; None if it has none."""
 
 
 RunEvent = (
-    RunStarted | TextDelta | TurnSampled | ToolStarted | ToolFinished | TurnRecorded | RunEnded
+    RunStarted
+    | TextDelta
+    | TurnSampled
+    | ToolStarted
+    | ToolFinished
+    | TurnRecorded
+    | RunPaused
+    | RunEnded
 )

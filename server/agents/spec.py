@@ -6,14 +6,24 @@ and training are obeyed by the trainer, which reads the same file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from feedback.references import UnreadableReference, anchor, resolve
 from feedback.spec import LearningSpec, RewardSpec, Strict, TrainingSpec
+from feedback.types import ToolCall
+from feedback.webhooks.signatures import HmacKey, read_key
 from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 from server.agents.context import ContextSpec
 from server.tools.sources import ToolSource
@@ -30,7 +40,72 @@ class Limits(Strict):
 
     turns: int = Field(8, ge=1, description="Generations.")
     tokens: int = Field(2048, ge=1, description="Sampled tokens of all turns together.")
-    seconds: float = Field(60.0, gt=0, description="Wall clock, tools included.")
+    seconds: float = Field(
+        60.0, gt=0, description="Wall clock, tools included; not while it waits for anybody."
+    )
+    spend: float | None = Field(None, gt=0, description="Cost of the whole run, by `price`.")
+    approval_seconds: float = Field(
+        3600.0, gt=0, description="A call that nobody approves by then counts as refused."
+    )
+    client_seconds: float = Field(
+        3600.0, gt=0, description="A client that brings no result by then ends the run as idle."
+    )
+
+
+_FREE = ("invalid", "refused", "pending")
+"""Calls that were not made."""
+
+
+class Price(Strict):
+    """What a run costs, in the unit of `limits.spend`."""
+
+    prompt: float = Field(0.0, ge=0, description="A million prompt tokens, in every turn anew.")
+    sampled: float = Field(0.0, ge=0, description="A million sampled tokens.")
+    calls: dict[str, float] = Field(
+        default_factory=dict, description="One call of a tool, by its name; others cost nothing."
+    )
+
+    def tokens(self, prompt: int, sampled: int) -> float:
+        """Of one turn or of many."""
+        return (prompt * self.prompt + sampled * self.sampled) / 1e6
+
+    def made(self, calls: Iterable[ToolCall]) -> float:
+        """Of the calls that were made, as far as is known."""
+        return sum(self.calls.get(call.name, 0.0) for call in calls if call.status not in _FREE)
+
+
+class EndWebhook(Strict):
+    """Who is told that a background run has ended, by the Standard Webhooks specification."""
+
+    url: str = Field(pattern=r"^https?://", description="Posted to; redirects are not followed.")
+    secret: SecretStr = Field(description="`whsec_...`, as `${env:NAME}` or `${file:PATH}`.")
+    allow_hosts: tuple[str, ...] = Field(
+        (), description="Hosts, or host:port, that may be at an address that is not public."
+    )
+
+    @field_validator("secret", mode="before")
+    @classmethod
+    def _is_beside_the_agents_file(cls, value: Any, info: ValidationInfo) -> Any:
+        folder = (info.context or {}).get("folder")
+        return anchor(value, folder) if folder is not None and isinstance(value, str) else value
+
+    @field_validator("secret")
+    @classmethod
+    def _can_sign(cls, value: SecretStr) -> SecretStr:
+        """Read at once, so that a mistake is told at the start and not when a run has ended."""
+        try:
+            signing_key(value)
+        except UnreadableReference as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+def signing_key(secret: SecretStr) -> HmacKey:
+    """Raises ValueError or UnreadableReference, neither of which repeats the secret."""
+    key = read_key("standard", resolve(secret.get_secret_value()))
+    if not isinstance(key, HmacKey):
+        raise ValueError("the secret is a public key, which cannot sign; expected 'whsec_...'")
+    return key
 
 
 class SamplingSpec(Strict):
@@ -51,7 +126,12 @@ class AgentSpec(Strict):
     policy: str = Field("", pattern=NAME_PATTERN, description="Adapter line; the agent's name.")
     system: str | None = Field(None, description="System prompt, before the client's messages.")
     tools: tuple[ToolSource, ...] = ()
+    client_tools: bool = Field(
+        True, description="Whether a request may bring functions that its client runs."
+    )
     limits: Limits = Limits()
+    price: Price | None = Field(None, description="What `limits.spend` is counted in.")
+    webhook: EndWebhook | None = Field(None, description="Told of the end of background runs.")
     sampling: SamplingSpec = SamplingSpec()
     context: ContextSpec = ContextSpec()
     reward: RewardSpec = RewardSpec()
@@ -74,6 +154,12 @@ class AgentSpec(Strict):
                 f"sampling.top_p is {self.sampling.top_p:g}, which the trainer cannot redo; leave "
                 "it at 1, or set training.enabled to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_count_what_it_limits(self) -> AgentSpec:
+        if self.limits.spend is not None and self.price is None:
+            raise ValueError("limits.spend has no meaning without `price`; give both or neither")
         return self
 
     @property
@@ -142,7 +228,7 @@ def _worded(path: Path, error: ValidationError) -> str:
             lines.append(f"{path}: {key}: is missing")
         else:
             # These hold secrets, and so may any mapping around them.
-            hidden = {"headers", "env", "bind"} & set(one["loc"]) or isinstance(
+            hidden = {"headers", "env", "bind", "secret"} & set(one["loc"]) or isinstance(
                 one["input"], Mapping
             )
             got = "" if hidden else f" (got {str(one['input'])[:80]!r})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,12 +13,12 @@ from fastapi.responses import JSONResponse, Response
 
 from feedback.finite import finite
 from feedback.types import Turn
-from policy.types import AdapterRef
 from server.access.caller import CallerOf
-from server.agent_runs import RunIn, RunStream, StartedRun, failure, start_run
+from server.agent_runs import RunIn, RunStream, queue_run, start_run
 from server.agents.events import (
     RunEnded,
     RunEvent,
+    RunPaused,
     RunStarted,
     TextDelta,
     ToolFinished,
@@ -26,12 +27,12 @@ from server.agents.events import (
     TurnSampled,
 )
 from server.errors import body_of
+from server.run_wire import run_json, stored_json
+from server.runner import StartedRun, failure
 from server.services import ServicesOf
-from server.wire import EPISODE_HEADER, turn_json, usage_json
+from server.wire import EPISODE_HEADER, turn_json
 
 router = APIRouter(prefix="/v1/agents", tags=["agents"])
-
-_STATUS = {"finished": "completed", "cancelled": "cancelled", "engine_error": "failed"}
 
 
 @router.get("")
@@ -52,26 +53,43 @@ async def list_agents(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
 
 @router.post("/{name}/runs")
 async def run(name: str, body: RunIn, services: ServicesOf, caller: CallerOf) -> Response:
-    """Run one episode. Its first adapter is its only one, whatever is released meanwhile."""
+    """Run one episode. Its first adapter is its only one, whatever is released meanwhile.
+
+    With `tools`, functions that the client runs: when one is called, the answer has the status
+    `requires_action`, and the run waits for `POST /v1/runs/ID/tool_outputs`. With `background`, the
+    answer comes at once.
+    """
+    if body.background:
+        run_id = await queue_run(name, body, services, caller.tenant)
+        queued = await asyncio.to_thread(services.runs.store.run, run_id, caller.tenant)
+        assert queued is not None  # noqa: S101 - narrows: it was written just now
+        told = stored_json(queued, services.chat, services.agents[name].spec.price)
+        return JSONResponse(told, status_code=202, headers={EPISODE_HEADER: run_id})
     started = await start_run(name, body, services, caller.tenant)
     if body.stream:
         first = await started.begin()
-        return RunStream(started, first.episode_id, _sse(name, first, started))
-    ended, turns = await started.to_end()
+        return RunStream(started, first.episode_id, sse(name, first, started))
+    outcome, turns = await started.to_end()
     return JSONResponse(
-        _run_json(name, ended, started.adapter, turns), headers={EPISODE_HEADER: ended.episode_id}
+        run_json(name, outcome, started.adapter, turns),
+        headers={EPISODE_HEADER: outcome.episode_id},
     )
 
 
-async def _sse(name: str, first: RunStarted, run: StartedRun) -> AsyncIterator[str]:
+async def sse(
+    name: str, first: RunStarted, run: StartedRun, before: Sequence[Turn] = ()
+) -> AsyncIterator[str]:
+    """A run's events. The last one says how it ended, or what it waits for, with all its turns;
+    `before` are those of a run that waited."""
     yield _sse_event("run.started", _event_json(first))
-    turns: list[Turn] = []
+    turns = list(before)
     try:
         async for event in run.events:
             if isinstance(event, TurnRecorded):
                 turns.append(event.turn)
-            if isinstance(event, RunEnded):
-                yield _sse_event("run.ended", _run_json(name, event, run.adapter, turns))
+            if isinstance(event, RunEnded | RunPaused):
+                kind = "run.ended" if isinstance(event, RunEnded) else "run.requires_action"
+                yield _sse_event(kind, run_json(name, event, run.adapter, turns))
             else:
                 yield _sse_event(_EVENT_NAMES[type(event)], _event_json(event))
     except Exception as error:
@@ -107,17 +125,3 @@ def _event_json(event: RunEvent) -> dict[str, Any]:
         case _:
             told = finite(dataclasses.asdict(event))
     return told
-
-
-def _run_json(name: str, ended: RunEnded, adapter: AdapterRef, turns: list[Turn]) -> dict[str, Any]:
-    return {
-        "id": ended.episode_id,
-        "object": "agent.run",
-        "agent": name,
-        "model": str(adapter),
-        "status": _STATUS.get(ended.stop_reason, "incomplete"),
-        "stop_reason": ended.stop_reason,
-        "output": ended.output,
-        "turns": [turn_json(turn) for turn in turns],
-        "usage": usage_json(ended.usage),
-    }

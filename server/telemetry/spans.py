@@ -29,7 +29,7 @@ from feedback.training import TrainingRun
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.releases import ReleaseEvent
 from policy.types import AdapterRef
-from server.agents.turn import Tools
+from server.agents.calls import Tools
 from server.telemetry import names
 from server.telemetry.export import NO_PARENT, Tracer, nanoseconds, otlp_exporter
 from server.telemetry.ids import DerivedIds, SpanIds

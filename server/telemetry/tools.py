@@ -13,11 +13,11 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, StatusCode, format_span_id, format_trace_id, use_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.agents.turn import Tools
+from server.agents.calls import Tools
 from server.telemetry import names
 from server.telemetry.export import Tracer
 from server.telemetry.logs import logging_also
-from server.tools.base import CallContext, ToolResult
+from server.tools.base import CallContext, ToolResult, ToolSpec
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 UNKNOWN = "unknown"
@@ -25,7 +25,7 @@ UNKNOWN = "unknown"
 
 
 class TracedTools:
-    """`server.agents.turn.Tools` around another one."""
+    """`server.agents.calls.Tools` around another one."""
 
     def __init__(
         self,
@@ -48,6 +48,12 @@ class TracedTools:
     @property
     def definitions(self) -> list[dict[str, Any]]:
         return self._tools.definitions
+
+    def spec(self, name: str) -> ToolSpec | None:
+        return self._tools.spec(name)
+
+    def refusal(self, name: str, arguments: Mapping[str, Any]) -> ToolResult | None:
+        return self._tools.refusal(name, arguments)
 
     def now(self) -> TracedTools:
         offered = self._tools.now()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from feedback.events import Receipt
+from feedback.runs import NewRun, Run, RunCall
 from feedback.training import TrainingRun
-from feedback.types import Episode, FeedbackEvent, Turn
+from feedback.types import Episode, FeedbackEvent, ToolCall, Turn
 from policy.releases import ReleaseEvent
 
 logger = logging.getLogger("hone.telemetry")
@@ -79,6 +80,20 @@ class Record(Protocol):
 
     async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]: ...
 
+    async def begin_run(self, episode: Episode, run: NewRun) -> None: ...
+
+    async def resume_run(self, run: Run) -> None: ...
+
+    async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None: ...
+
+    async def make(self, episode_id: str, call_ids: Sequence[str]) -> None: ...
+
+    async def answer(self, episode_id: str, call: ToolCall) -> None: ...
+
+    async def complete(self, episode_id: str, turn: Turn) -> None: ...
+
+    async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]: ...
+
 
 class WatchedLog:
     """A log that tells what it has recorded."""
@@ -97,8 +112,43 @@ class WatchedLog:
         self._running[episode.id] = episode
         self._watcher.begun(episode)
 
+    async def begin_run(self, episode: Episode, run: NewRun) -> None:
+        await self._log.begin_run(episode, run)
+        self._running[episode.id] = episode
+        self._watcher.begun(episode)
+
+    async def resume_run(self, run: Run) -> None:
+        """Not told as a beginning: it began once, here or at another server."""
+        await self._log.resume_run(run)
+        self._running.setdefault(run.episode.id, run.episode)
+
+    async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None:
+        """Told when it is complete."""
+        await self._log.intend(episode_id, turn, calls)
+
+    async def make(self, episode_id: str, call_ids: Sequence[str]) -> None:
+        await self._log.make(episode_id, call_ids)
+
+    async def answer(self, episode_id: str, call: ToolCall) -> None:
+        await self._log.answer(episode_id, call)
+
+    async def complete(self, episode_id: str, turn: Turn) -> None:
+        await self._log.complete(episode_id, turn)
+        self._tell_turn(episode_id, turn)
+
+    async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]:
+        return await self._log.pause(episode_id, waits_until)
+
+    def ended(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
+        """Tell of an end that was recorded by another way: of a run that waited."""
+        if (episode := self._running.pop(episode_id, None)) is not None:
+            self._watcher.ended(episode, stop_reason, ended_at)
+
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         await self._log.append_turn(episode_id, turn)
+        self._tell_turn(episode_id, turn)
+
+    def _tell_turn(self, episode_id: str, turn: Turn) -> None:
         self._spent(len(turn.prompt_ids) + len(turn.token_ids))
         if (episode := self._running.get(episode_id)) is not None:
             self._watcher.recorded(episode, turn)

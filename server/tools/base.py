@@ -48,6 +48,9 @@ class ToolSpec:
     """JSON Schema (2020-12) of the arguments object, without references."""
     idempotent: bool = False
     """Whether a call may be made twice, as far as the tool's kind tells; never shown."""
+    takes_key: bool = False
+    """Whether a call made twice under one idempotency key acts once."""
+    needs_approval: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class CallContext:
     tenant: str = "default"
     deadline: float | None = None
     """Event-loop time at which the whole run ends; an answer after it is of no use."""
+    idempotency_key: str | None = None
+    """The same if one call has to be made again. Set if the owner says that the tool takes one."""
     trace: Mapping[str, str] = field(default_factory=dict)
     """W3C trace context headers, for whoever the tool calls on; empty: nothing is traced."""
 

@@ -18,6 +18,7 @@ from server.tools.base import (
     Supply,
     Tool,
     ToolResult,
+    ToolSpec,
     ToolUnavailable,
     fault,
     worded,
@@ -74,19 +75,32 @@ class ToolBox:
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
+    def spec(self, name: str) -> ToolSpec | None:
+        """How a tool is described, and what its owner says of it; None: there is none."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.tool.spec
+
     async def call(
         self, name: str, arguments: Mapping[str, Any], context: CallContext
     ) -> ToolResult:
         """Call one tool. Raises nothing but the caller's own cancellation."""
+        refusal = self.refusal(name, arguments)
+        if refusal is not None:
+            return refusal
+        entry = self._entries[name]
+        if entry.tool.spec.takes_key:
+            context = replace(context, idempotency_key=context.call_id)
+        result = await entry.guard.call(entry.tool, arguments, context)
+        return _shown(result, entry.tool.max_result_chars)
+
+    def refusal(self, name: str, arguments: Mapping[str, Any]) -> ToolResult | None:
+        """Why a call cannot be made at all; None: it can be tried."""
         entry = self._entries.get(name)
         if entry is None:
             known = ", ".join(self._entries) or "none"
             return fault("invalid", f"no tool named {name[:64]!r}; the tools are: {known}")
         complaint = _checked(entry.check, arguments)
-        if complaint is not None:
-            return fault("invalid", complaint)
-        result = await entry.guard.call(entry.tool, arguments, context)
-        return _shown(result, entry.tool.max_result_chars)
+        return None if complaint is None else fault("invalid", complaint)
 
     def now(self) -> ToolBox:
         """The box for a run that begins now. A run keeps the box that it began with."""

@@ -33,6 +33,9 @@ from server.tools.sources import McpSource
 
 _ABOUT_SCHEMA = frozenset({"$schema", "$id", "$defs", "definitions"})
 
+_KEY = "hone/idempotency-key"
+"""MCP has no name for it; `_meta` keys of others carry a prefix."""
+
 _log = logging.getLogger("hone.mcp")
 
 
@@ -49,8 +52,11 @@ class McpTool:
         self.max_result_chars = source.max_result_chars
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
+        meta = dict(context.trace)
+        if context.idempotency_key is not None:
+            meta[_KEY] = context.idempotency_key
         try:
-            result = await self._connection.call(self._name, arguments, context.trace)
+            result = await self._connection.call(self._name, arguments, meta)
         except ConnectionError as error:
             # Between two sessions, which `mcp_connection` spaces already: no outage to count.
             return fault("error", worded(error), trouble="busy")
@@ -101,13 +107,14 @@ class McpServer:
 
     def _check_rules(self) -> None:
         """Raises ToolUnavailable for a rule about a name that only the list's order gave a tool."""
-        ruled = {*self._source.bind, *self._source.constrain}
+        source = self._source
+        ruled = {*source.bind, *source.constrain, *source.approval, *source.idempotency}
         _ = self.tools  # to read them is to name them
         sharers = Counter(map(self._plain, self._names))
         alike = [raw for raw in self._names if sharers[self._plain(raw)] > 1]
         if names := sorted(ruled.intersection(self._names[raw] for raw in alike)):
             raise ToolUnavailable(
-                f"MCP server {str(self._source)!r}: `bind` or `constrain` names {names!r}, but the "
+                f"MCP server {str(source)!r}: a rule names {names!r}, but the "
                 f"names of {alike!r} are alike to a model; leave all but one out with `tools`"
             )
 

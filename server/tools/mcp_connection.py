@@ -63,9 +63,9 @@ class McpConnection:
         await self._opened
 
     async def call(
-        self, tool: str, arguments: Mapping[str, Any], trace: Mapping[str, str]
+        self, tool: str, arguments: Mapping[str, Any], meta: Mapping[str, str]
     ) -> CallToolResult:
-        """Call a tool by the server's own name for it, with W3C trace context in `_meta`.
+        """Call a tool by the server's own name for it, with `meta` (trace context, say) in `_meta`.
 
         Raises what the SDK raises.
         """
@@ -73,8 +73,8 @@ class McpConnection:
         if client is None:
             raise ConnectionError(f"the tool's server is not connected ({self._fault}); try later")
         try:
-            meta: Any = dict(trace) or None
-            return await client.call_tool(tool, dict(arguments), meta=meta)
+            sent: Any = dict(meta) or None
+            return await client.call_tool(tool, dict(arguments), meta=sent)
         except MCPError:
             # The session may be over, or the tool gone; to list the tools again tells.
             self._wake.set()

@@ -40,6 +40,7 @@ from server.tools.sources import OpenApiSource, interpolate
 _MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_ANSWER_BYTES = 2**20
 _CONNECTIONS = 128
+_KEY = "idempotency-key"
 _TROUBLES: Mapping[int, Trouble] = {
     **dict.fromkeys((408, 425, 429), "busy"),
     **dict.fromkeys((502, 503, 504), "down"),
@@ -64,6 +65,8 @@ class OpenApiTool:
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolResult:
         request = build_request(self._operation, arguments)
+        if context.idempotency_key is not None:
+            request.headers[_KEY] = context.idempotency_key
         return await self._service.send(request, context.trace)
 
     async def aclose(self) -> None:

@@ -20,6 +20,8 @@ from server.tools.schema import Schemas
 
 Place = Literal["path", "query", "header", "body"]
 BodyKind = Literal["json", "form"]
+_IDEMPOTENT = ("get", "head", "options", "put", "delete")
+"""As HTTP defines these methods."""
 
 _METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
 _IDEMPOTENT = ("get", "head", "options", "put", "delete")

@@ -7,7 +7,7 @@ silently without effect would be worse than none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,21 @@ class Rules:
     constrain: Mapping[str, Mapping[str, Any]]
     idempotent: bool | Sequence[str] = ()
     """Names beside those whose kind tells so; or whether all are."""
+    approval: Collection[str] = ()
+    """Tools whose calls a person must approve."""
+    keyed: Collection[str] = ()
+    """Tools that take an idempotency key."""
 
     @classmethod
     def of(cls, source: Source) -> Rules:
         """Raises ToolUnavailable for a variable that is not set."""
-        return cls(_filled(source.bind), source.constrain, source.idempotent)
+        return cls(
+            _filled(source.bind),
+            source.constrain,
+            source.idempotent,
+            source.approval,
+            source.idempotency,
+        )
 
     def over(self, tools: Sequence[Tool]) -> list[Tool]:
         """`tools` under these rules. Raises ToolUnavailable for a rule about no tool, and for one
@@ -39,19 +49,25 @@ class Rules:
     def _check_names(self, tools: Sequence[Tool]) -> None:
         names = {tool.spec.name for tool in tools}
         repeated = () if isinstance(self.idempotent, bool) else self.idempotent
-        if missing := sorted({*self.bind, *self.constrain, *repeated} - names):
+        ruled = {*self.bind, *self.constrain, *repeated, *self.approval, *self.keyed}
+        if missing := sorted(ruled - names):
             raise ToolUnavailable(
-                f"`bind`, `constrain` or `idempotent` names {missing!r}, which is no tool of this "
-                f"source; its tools are {sorted(names)!r}"
+                "`bind`, `constrain`, `idempotent`, `approval` or `idempotency` names "
+                f"{missing!r}, which is no tool of this source; its tools are {sorted(names)!r}"
             )
 
     def _over(self, tool: Tool) -> Tool:
         name = tool.spec.name
         constants, constraint = self.bind.get(name, {}), self.constrain.get(name)
-        idempotent = self._repeatable(tool.spec)
-        if not (constants or constraint or idempotent != tool.spec.idempotent):
+        spec = replace(
+            tool.spec,
+            idempotent=self._repeatable(tool.spec),
+            needs_approval=name in self.approval,
+            takes_key=name in self.keyed,
+        )
+        if not (constants or constraint or spec != tool.spec):
             return tool
-        return RuledTool(tool, constants, constraint, idempotent=idempotent)
+        return RuledTool(tool, constants, constraint, spec)
 
     def _repeatable(self, spec: ToolSpec) -> bool:
         """What the owner says goes before what a service says of itself."""
@@ -68,12 +84,11 @@ class RuledTool:
         tool: Tool,
         constants: Mapping[str, Any],
         constraint: Mapping[str, Any] | None,
-        *,
-        idempotent: bool,
+        spec: ToolSpec,
     ) -> None:
-        spec = tool.spec
+        """`spec`: the tool's own, with what its owner says of repeats, approval and keys."""
         left = _without(spec.name, spec.parameters, constants)
-        self.spec = replace(spec, parameters=left, idempotent=idempotent)
+        self.spec = replace(spec, parameters=left)
         self.timeout_seconds = tool.timeout_seconds
         self.max_result_chars = tool.max_result_chars
         self._tool = tool

@@ -74,6 +74,14 @@ class Source(Strict):
         default_factory=dict,
         description="By tool: a JSON Schema that the model's arguments must satisfy besides.",
     )
+    approval: dict[str, Literal["required"]] = Field(
+        default_factory=dict, description="By tool: a person must approve each call."
+    )
+    idempotency: dict[str, Literal["key"]] = Field(
+        default_factory=dict,
+        description="By tool: it takes an idempotency key, so that a call of which nobody knows "
+        "whether it was made is made again.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -128,20 +128,6 @@ def test_the_last_turn_may_be_said_again_and_no_other(store: Store) -> None:
     assert store.episodes()[0].n_tokens == 4
 
 
-def test_episodes_left_running_by_a_killed_server_are_closed(store: Store) -> None:
-    store.begin(episode("done"))
-    store.begin(episode("left", ended_at=None))
-    store.begin(episode("exam", ended_at=None, purpose="evaluation"))
-    assert store.interrupt_running(now=70.0) == 2
-    assert store.interrupt_running(now=71.0) == 0
-    reasons = {e.id: (e.stop_reason, e.ended_at) for e in store.episodes()}
-    assert reasons == {
-        "done": ("finished", 100.0),
-        "left": ("interrupted", 70.0),
-        "exam": ("interrupted", 70.0),
-    }
-
-
 def test_lists_are_newest_first_filtered_and_paged(store: Store) -> None:
     for i in range(5):
         store.begin(episode(f"e{i}", started_at=float(i // 2), version=i % 2))

@@ -10,9 +10,12 @@ from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
 from feedback.outcomes import Copies
+from feedback.run_store import RunStore
+from feedback.runs import Decision
 from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
 from tests.feedback.record_samples import episode, event, judged, turn
+from tests.feedback.run_samples import paused
 
 SPEC = LearningSpec(policy="desk", training=TrainingSpec(min_episodes=1))
 
@@ -42,7 +45,7 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     store.episode("e")
     store.episodes(policy="desk", before="e")
     store.episodes(limit=1)
-    store.interrupt_running(now=1.0)
+    _runs(store)
     store.readiness(SPEC, live_version=0)
     store.readiness(
         SPEC.model_copy(update={"reward": RewardSpec(maturity_seconds=1.0)}), live_version=0
@@ -64,7 +67,38 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     with store.database.connect() as connection:
         for statement, parameters in statements.items():
             whole = _READ_WHOLE[connection.dialect.name](connection, statement, parameters)
-            assert not whole & {"episode", "turn", "feedback", "training_item"}, statement
+            assert not whole & {
+                "episode",
+                "turn",
+                "feedback",
+                "training_item",
+                "agent_run",
+                "agent_call",
+            }, statement
+
+
+def _runs(store: Store) -> None:
+    runs = RunStore(store.database, "a")
+    for id in ("r", "s", "t"):
+        paused(store, id, "a", "client", "approval")
+    runs.run("r", "default")
+    runs.state("r")
+    runs.waiting("default", 1)
+    runs.run_of_calls(["r_0"], "default")
+    runs.decide("r", "default", [Decision("r_1", True, "ann")], 1.0)
+    runs.supply("r", "default", {"r_0": "x"}, [{"role": "user", "content": "y"}])
+    runs.cancel("s", "default", 1.0)
+    runs.late(101.0)
+    runs.give_up_waiting("t", 101.0)
+    runs.orphans(1.0)
+    runs.unowned()
+    runs.owned()
+    runs.adopt("r", "a", 2.0)
+    runs.cancel_requests()
+    runs.is_pinned("desk", 0)
+    for id, due_at, _ in runs.untold(1e9):
+        runs.begin_telling(id, due_at, 2e9)
+        runs.told(id)
 
 
 def _sqlite(connection: Connection, statement: str, parameters: Any) -> set[str]:

@@ -108,6 +108,12 @@ def traced(ctx: Context) -> str:
 
 
 @server.tool(structured_output=False)
+def keyed(ctx: Context) -> str:
+    """Under which idempotency key this call is made."""
+    return str((ctx.request_context.meta or {}).get("hone/idempotency-key"))
+
+
+@server.tool(structured_output=False)
 async def ask(ctx: Context) -> str:
     """Ask the client's user, who must not be asked."""
     answer = await ctx.elicit("Which row?", Place)

@@ -55,7 +55,12 @@ def test_a_stream_says_what_the_completion_says(client: openai.OpenAI) -> None:
         ({"model": "agent:nobody"}, "agent", 404),
         ({"messages": []}, "messages", 400),
         ({"n": 2}, "n", 400),
-        ({"tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", 400),
+        ({"tools": [{"type": "function", "function": {"name": "look_up"}}]}, "tools", 400),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools.0.function.name",
+            400,
+        ),
         ({"metadata": {"purpose": "fun"}}, "purpose", 400),
         ({"metadata": {"pin": "other@v1"}}, "model", 404),
         ({"metadata": {"pin": "desk@v9"}}, "model", 404),

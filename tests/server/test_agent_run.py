@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from feedback.errors import EpisodeExists
 from feedback.log import Log
+from feedback.runs import CallState, NewRun, Run, RunCall
 from feedback.store import Store
-from feedback.types import Episode, Turn
+from feedback.types import Episode, ToolCall, Turn
 from policy.chat import ChatFormat
 from policy.engine import EngineDead
 from policy.scripted import ScriptedEngine, scripted_logprobs
 from policy.types import AdapterRef, Delta, Sampling
+from server.agents.brake import Brake, Reason
 from server.agents.events import (
     RunEnded,
     RunEvent,
@@ -77,17 +80,50 @@ class Record:
         self.episodes: list[Episode] = []
         self.turns: list[Turn] = []
         self.stop_reason: str | None = None
+        self.calls: list[RunCall] = []
+        self.waits_until: float | None = None
 
-    async def begin(self, episode: Episode) -> None:
+    async def begin_run(self, episode: Episode, run: NewRun) -> None:
         await asyncio.sleep(0.01)
         self.episodes.append(episode)
         self.journal.append("begin")
+
+    async def resume_run(self, run: Run) -> None:
+        await asyncio.sleep(0.01)
+        self.journal.append("resume")
 
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         await asyncio.sleep(0.01)
         assert turn.index == len(self.turns)
         self.turns.append(turn)
         self.journal.append(f"turn {turn.index}")
+
+    async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None:
+        await asyncio.sleep(0.01)
+        assert turn.index == len(self.turns)
+        self.turns.append(turn)
+        self.calls = list(calls)
+        self.journal.append(f"intent {turn.index}")
+
+    async def make(self, episode_id: str, call_ids: Sequence[str]) -> None:
+        self.journal.append("make")
+
+    async def answer(self, episode_id: str, call: ToolCall) -> None:
+        self.journal.append(f"answer {call.name}")
+
+    async def complete(self, episode_id: str, turn: Turn) -> None:
+        await asyncio.sleep(0.01)
+        assert turn.index == len(self.turns) - 1
+        self.turns[turn.index] = turn
+        self.journal.append(f"turn {turn.index}")
+
+    async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]:
+        await asyncio.sleep(0.01)
+        if not any(call.state in ("approval", "client") for call in self.calls):
+            return self.calls
+        self.waits_until = waits_until
+        self.journal.append("pause")
+        return []
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         await asyncio.sleep(0.01)
@@ -108,6 +144,7 @@ class Desk:
             self._say, self.chat.text, eos_id=self._end(), max_model_len=4000
         )
         self.slow_began = asyncio.Event()
+        self.meeting = asyncio.Event()
         self.barrier = asyncio.Barrier(2)
         functions = (add, self.slow, self.meet)
         self.toolbox = ToolBox([PythonTool(function, timeout_seconds=30) for function in functions])
@@ -120,6 +157,7 @@ class Desk:
 
     async def meet(self, name: str) -> str:
         """Answers once two have come, the first to come last."""
+        self.meeting.set()
         place = await self.barrier.wait()
         await asyncio.sleep(0.02 * (1 - place))
         return name
@@ -232,7 +270,8 @@ async def test_a_turn_is_on_disk_before_the_next_is_sampled(play: Play) -> None:
         if isinstance(event, ToolFinished):
             seen.append(f"finished after {desk.record.journal[-1]}")
     assert desk.record.journal == [
-        "begin", "sample", "turn 0", "sample", "turn 1", "sample", "turn 2", "end"
+        "begin", "sample", "intent 0", "turn 0", "sample", "intent 1", "turn 1", "sample",
+        "turn 2", "end",
     ]  # fmt: skip
     assert seen == ["finished after turn 0", "finished after turn 1"]
 
@@ -393,8 +432,84 @@ async def test_cancelling_again_and_again_does_not_tear_the_record(play: Play) -
     while not task.done():
         task.cancel()
         await asyncio.sleep(0.001)
-    assert desk.record.journal == ["begin", "sample", "turn 0", "end"]
+    assert desk.record.journal == ["begin", "sample", "intent 0", "turn 0", "end"]
     assert desk.record.stop_reason == "cancelled"
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "suspended"])
+async def test_a_brake_ends_a_generation_or_leaves_the_run(play: Play, reason: Reason) -> None:
+    desk = play("x" * 100)
+    desk.engine = ScriptedEngine(
+        desk._say, desk.chat.text, eos_id=desk._end(), max_model_len=4000, seconds_per_token=0.02
+    )
+    brake = Brake()
+    events: list[RunEvent] = []
+    async for event in run_agent(request=request(stream=True), brake=brake, **desk.arguments()):
+        events.append(event)
+        if isinstance(event, TextDelta):
+            brake.pull(reason)
+    if reason == "suspended":
+        assert (desk.record.stop_reason, desk.record.turns) == (None, [])
+        assert not isinstance(events[-1], RunEnded)
+        return
+    assert desk.record.stop_reason == "cancelled"
+    [turn] = desk.record.turns
+    assert (1 <= len(turn.token_ids) < 20, turn.fault) == (True, "cancelled")
+    assert isinstance(events[-1], RunEnded)
+
+
+async def test_calls_under_way_outlast_a_suspension_and_no_cancellation(play: Play) -> None:
+    reasons: tuple[Reason, ...] = ("suspended", "cancelled")
+    for reason in reasons:
+        desk, brake = play(call("meet", name="a"), "done"), Brake()
+        task = asyncio.ensure_future(
+            collect(run_agent(request=request(), brake=brake, **desk.arguments()))
+        )
+        await desk.meeting.wait()
+        brake.pull(reason)
+        await asyncio.sleep(0.05)
+        if reason == "suspended":
+            await desk.barrier.wait()
+        await task
+        [turn] = desk.record.turns
+        expected = "a" if reason == "suspended" else "not finished: the run ended"
+        assert turn.tool_calls[0].result == expected
+        assert desk.record.stop_reason == (None if reason == "suspended" else "cancelled")
+
+
+async def test_a_run_does_not_wait_for_what_was_decided_while_it_worked(play: Play) -> None:
+    desk = play(call("ask", a=1), call("ask", a=2), "done")
+    desk.toolbox = asking_toolbox()
+
+    async def decided(episode_id: str, waits_until: float) -> list[RunCall]:
+        """A person was quicker than the run, and refused the first call."""
+        [asked] = desk.record.calls
+        state: CallState = "refused" if asked.turn == 0 else "approved"
+        return [replace(asked, state=state, reason="too dear")]
+
+    desk.record.pause = decided  # type: ignore[method-assign]  # the database's answer
+    events = await run(desk)
+    told = [turn.tool_calls[0] for turn in desk.record.turns if turn.tool_calls]
+    assert [(one.status, one.result) for one in told] == [
+        ("refused", '{"error":"refused","detail":"not approved: too dear"}'), ("ok", "3"),
+    ]  # fmt: skip
+    assert sum(isinstance(event, ToolStarted) for event in events) == 1
+    assert desk.record.journal.index("make") > desk.record.journal.index("intent 1")
+
+
+def asking_toolbox() -> ToolBox:
+    """One tool, whose calls a person must approve."""
+
+    async def ask(a: int) -> int:
+        return a + 1
+
+    tool = PythonTool(ask)
+    tool.spec = replace(tool.spec, needs_approval=True)
+    return ToolBox([tool])
+
+
+async def collect(events: AsyncIterator[RunEvent]) -> list[RunEvent]:
+    return [event async for event in events]
 
 
 class Failing(ScriptedEngine):

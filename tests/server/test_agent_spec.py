@@ -98,6 +98,17 @@ def test_the_policy_may_have_a_name_of_its_own() -> None:
         ("name: desk\ntenant: Shop", "tenant: String should match"),
         ("name: desk\ntenants: [shop]", "tenants: unknown key"),
         ("name: desk\nreward: {metric: {}}", "reward.metric: unknown key"),
+        ("name: desk\nlimits: {spend: 1}", "limits.spend has no meaning without `price`"),
+        (
+            "name: desk\nwebhook: {url: http://x, secret: '${env:UNSET_HERE}'}",
+            "'UNSET_HERE' is not",
+        ),
+        (
+            "name: desk\nwebhook: {url: http://x, secret: s3cret}",
+            "begins with neither 'whsec_' nor",
+        ),
+        ("name: desk\nwebhook: {url: ftp://x, secret: x}", "webhook.url: String should match"),
+        ("name: desk\ntools: [{python: 'a:b', approval: {b: yes}}]", "approval.b: Input should be"),
         ("name: [", "cannot be read as YAML"),
         ("- name", "is a list; expected keys"),
         ("", "is a NoneType; expected keys"),
@@ -109,6 +120,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
         load_agents(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_secrets_are_neither_printed_nor_quoted_in_errors(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ secrets: ["${env:HOOK_SECRET}"]
 mapping: {episode_id: episode, value: 0}
 """
 EVERY_SCOPE = ["inference", "runs", "feedback", "admin"]
+WEIGH = {"type": "function", "function": {"name": "weigh"}}
 SAID = [{"role": "user", "content": "where is my parcel?"}]
 
 
@@ -44,6 +45,9 @@ class Tenant:
     plain: str
     """A plain episode, which is open."""
     reply: str
+    waiting: str
+    """A run that waits for its client."""
+    call_id: str
 
 
 @dataclass
@@ -77,12 +81,16 @@ def settle(house: House, name: str) -> Tenant:
     chat = http.post("/v1/chat/completions", json={"model": f"{name}-desk", "messages": SAID})
     told = {"episode_id": run["id"], "value": 1.0, "event_id": f"of-{name}"}
     assert http.post("/v1/feedback", json=told).json()["parked"] is False
+    asked = {"input": "CALL weigh {}", "tools": [WEIGH]}
+    waiting = http.post(f"/v1/agents/{name}-desk/runs", json=asked).json()
     return Tenant(
         http,
         made["id"],
         run["id"],
         chat.headers["x-hone-episode"],
         chat.json()["choices"][0]["message"]["content"],
+        waiting["id"],
+        waiting["required_action"]["tool_calls"][0]["id"],
     )
 
 
@@ -202,6 +210,50 @@ def runs(street: Street) -> None:
         refused(run("bolt-desk", episode_id=episode), "episode_forbidden")
 
 
+def waiting_runs(street: Street) -> None:
+    hidden(street.bolt.http.get("/v1/runs"))
+    ids = [run["id"] for run in street.bolt.http.get("/v1/runs").json()["data"]]
+    assert street.bolt.waiting in ids
+    assert street.acme.waiting not in ids
+
+
+def a_run(street: Street) -> None:
+    for id in (street.acme.run, street.acme.waiting):
+        refused(street.bolt.http.get(f"/v1/runs/{id}"), "run_not_found")
+
+
+def change_run(street: Street, change: str) -> None:
+    call_id = street.acme.call_id
+    body = {
+        "cancel": None,
+        "approvals": {"approvals": [{"call_id": call_id, "approve": True}], "by": "bolt"},
+        "tool_outputs": {"tool_outputs": [{"tool_call_id": call_id, "output": "7"}]},
+    }[change]
+    where = f"/v1/runs/{street.acme.waiting}/{change}"
+    refused(street.bolt.http.post(where, json=body), "run_not_found")
+    _waits(street)
+
+
+def _waits(street: Street) -> None:
+    kept = street.acme.http.get(f"/v1/runs/{street.acme.waiting}").json()
+    assert kept["status"] == "requires_action"
+
+
+def test_a_chat_that_names_anothers_call_goes_on_with_no_run_of_theirs(street: Street) -> None:
+    call = {"id": street.acme.call_id, "type": "function"}
+    function = {"name": "weigh", "arguments": "{}"}
+    messages = [
+        {"role": "user", "content": "CALL weigh {}"},
+        {"role": "assistant", "content": None, "tool_calls": [{**call, "function": function}]},
+        {"role": "tool", "tool_call_id": street.acme.call_id, "content": "7"},
+    ]
+    asked = {"model": "agent:bolt-desk", "messages": messages}
+    answer = street.bolt.http.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-hone-episode"] != street.acme.waiting
+    _waits(street)
+
+
 def episodes(street: Street) -> None:
     hidden(street.bolt.http.get("/v1/episodes"))
     for query in ({"policy": "acme-desk"}, {"agent": "acme-desk"}):
@@ -305,6 +357,11 @@ TRIED: dict[str, Callable[[Street], None]] = {
     "POST /v1/responses/{response_id}/cancel": lambda street: response(street, "POST", "/cancel"),
     "GET /v1/agents": agents,
     "POST /v1/agents/{name}/runs": runs,
+    "GET /v1/runs": waiting_runs,
+    "GET /v1/runs/{run_id}": a_run,
+    "POST /v1/runs/{run_id}/cancel": lambda street: change_run(street, "cancel"),
+    "POST /v1/runs/{run_id}/approvals": lambda street: change_run(street, "approvals"),
+    "POST /v1/runs/{run_id}/tool_outputs": lambda street: change_run(street, "tool_outputs"),
     "GET /v1/episodes": episodes,
     "GET /v1/episodes/{episode_id}": episode,
     "POST /v1/episodes/{episode_id}/end": end,

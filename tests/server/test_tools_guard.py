@@ -209,7 +209,7 @@ async def test_a_function_is_tried_again_if_its_owner_allows_it() -> None:
 
 
 async def test_a_rule_about_no_tool_is_refused(flaky: Flaky) -> None:
-    with pytest.raises(ToolUnavailable, match=r"`idempotent` names \['gte_it'\]"):
+    with pytest.raises(ToolUnavailable, match=r"names \['gte_it'\], which is no tool"):
         await called(flaky, "get_it", idempotent=("gte_it",))
 
 

@@ -95,6 +95,8 @@ async def test_a_constraint_refuses_and_says_why() -> None:
         ({"bind": {"pay": {"cents": "s3cret"}}}, "gives 'cents' is not what its schema expects"),
         ({"bind": {"pay": {"account": "${env:UNSET_HERE}"}}}, "'UNSET_HERE' is not set"),
         ({"constrain": {"pay": {"type": "no type"}}}, "not valid JSON Schema"),
+        ({"approval": {"bay": "required"}}, r"names \['bay'\], which is no tool"),
+        ({"idempotency": {"bay": "key"}}, r"names \['bay'\], which is no tool"),
     ],
 )
 async def test_a_rule_without_effect_is_a_fault(rules: dict[str, Any], said: str) -> None:
@@ -112,6 +114,29 @@ def test_what_others_depend_on_cannot_be_bound() -> None:
 
     with pytest.raises(ToolUnavailable, match=r"\['account'\] cannot be bound"):
         Rules({"pay": {"account": "a"}}, {}).over([Either()])
+
+
+def key_of(context: CallContext) -> str:
+    """Under which idempotency key this call is made."""
+    return str(context.idempotency_key)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_call_has_a_key_if_the_owner_says_that_its_tool_takes_one(keyed: bool) -> None:
+    house = (sys.executable, str(Path(__file__).parent / "mcp_house.py"))
+    sources = (
+        PythonSource(python=f"{__name__}:key_of", idempotency={"key_of": "key"} if keyed else {}),
+        McpSource(mcp=house, tools=("keyed",), idempotency={"keyed": "key"} if keyed else {}),
+    )
+    box = await open_toolbox(sources)
+    try:
+        for name in ("key_of", "keyed"):
+            spec = box.spec(name)
+            assert spec is not None
+            assert (spec.takes_key, spec.needs_approval) == (keyed, False)
+            assert (await box.call(name, {}, CONTEXT)).text == ("call_1" if keyed else "None")
+    finally:
+        await box.aclose()
 
 
 async def test_http_and_mcp_tools_obey_too() -> None:
