@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready-$(ENGINE)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo serve test faults compat check format curves clean
+.PHONY: help setup demo serve test faults histories compat check format curves clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv (ENGINE=cpu or gpu)
 
@@ -29,6 +29,9 @@ faults: $(READY) ## Kill, cut power, fail disks, stop servers: thousands of time
 
 compat: $(READY) ## Have other people's clients, suites and MCP servers use it (needs node)
 	$(BIN)/python -m pytest tests/compat/mcp_registry.py tests/compat/clients.py $(ARGS)
+
+histories: $(READY) ## Tell 2,000 histories of feedback in other orders, and find one answer
+	HONE_HISTORIES=2000 $(BIN)/python -m pytest tests/feedback/test_histories.py $(ARGS)
 
 check: $(READY) ## Style, types and import contracts
 	$(BIN)/ruff check .

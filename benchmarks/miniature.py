@@ -9,7 +9,7 @@ one it is must come from outcomes. Used by `tests/trainer/test_learns.py` and by
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +134,11 @@ class Learner:
         items = rollout(self._model, exam, 0, self._generator)
         return sum(item.reward for item in items) / len(items)
 
-    def versions(self, count: int) -> Iterator[Version]:
-        """`count` rounds from sampling to a trained adapter, one after the other."""
+    def versions(
+        self, count: int, heard: Callable[[list[Item]], Sequence[Item]] = list
+    ) -> Iterator[Version]:
+        """`count` rounds from sampling to a trained adapter, one after the other. `heard` is what
+        came of a batch as the trainer is told."""
         algorithm, baseline = chosen(self._spec), Baseline()
         optimizer = new_optimizer(self._model, self._spec.learning_rate, None)
         for version in range(count):
@@ -143,7 +146,7 @@ class Learner:
                 f"{self._rng.choice(CONTEXTS)}/{version}-{n}"
                 for n in range(EPISODES // self._group_size)
             ]
-            items = rollout(self._model, tasks * self._group_size, version, self._generator)
+            items = heard(rollout(self._model, tasks * self._group_size, version, self._generator))
             credits = credit(items, algorithm, baseline)
             samples = [sample_of(credited, live_version=version) for credited in credits.credited]
             figures = update(

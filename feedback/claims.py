@@ -8,19 +8,31 @@ transaction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, bindparam, case, func, insert, or_, select, update
 from sqlmodel import Session
 
+from feedback import amendments, events, rulings
 from feedback.errors import LeaseLost
+from feedback.ideals import Correction, Preference, corrections, preferences
 from feedback.locks import lock_items
-from feedback.readiness import count_drops, line_of, near_versions, pool_of, triggered
+from feedback.readiness import (
+    count_drops,
+    is_usable,
+    line_of,
+    near_versions,
+    pool_of,
+    triggered,
+    worth,
+)
 from feedback.rows import ITEM, LINE, RUN
+from feedback.shares import RestsOn, within_share
 from feedback.spec import LearningSpec
-from feedback.training import Claim, TrainingRun
+from feedback.training import Amendment, Claim, TrainingRun
+from feedback.types import Episode, FeedbackEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,7 @@ class Grant:
     resumed: bool
     rewards: Mapping[str, float]
     """By episode id, oldest first."""
+    amendments: tuple[Amendment, ...] = ()
 
 
 def grant(
@@ -58,9 +71,13 @@ def grant(
         _drop_stale(connection, spec, near, now)
         if not triggered(spec.training, pool_of(connection, spec, near, now), now):
             return None
-        run_id = _new_run(connection, spec, live_version, owner, now)
-        if run_id is None:
+        ids = _freshest(connection, spec, live_version, near, now)
+        if not ids:
             return None
+        run_id = _new_run(connection, spec, live_version, ids, owner=owner, now=now)
+        amendments.take(
+            connection, spec.policy, run_id, lambda ids: worth(connection, spec, ids, now)
+        )
     else:
         run_id = run.id
     fence = line.fence + 1
@@ -70,7 +87,14 @@ def grant(
         {"owner": owner, "fence": fence, "lease_expires_at": expires},
     )
     row = connection.execute(select(RUN).where(RUN.c.id == run_id)).one()
-    return Grant(run_id, fence, row.dropped, run is not None, _rewards(connection, run_id))
+    return Grant(
+        run_id,
+        fence,
+        row.dropped,
+        run is not None,
+        _rewards(connection, run_id),
+        amendments.of_run(connection, run_id),
+    )
 
 
 def renew(connection: Connection, claim: Claim, *, lease_seconds: float, now: float) -> None:
@@ -105,8 +129,10 @@ def finish(
             "finished_at": now,
         },
     )
-    lock_items(connection, ITEM.c.run_id == claim.id)
+    told = amendments.ids_of(connection, claim.id)
+    lock_items(connection, or_(ITEM.c.run_id == claim.id, ITEM.c.episode_id.in_(told)))
     connection.execute(update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "trained"})
+    amendments.told(connection, claim.id)
     if also is not None:
         with Session(connection) as session:
             also(session)
@@ -117,6 +143,7 @@ def abandon(connection: Connection, claim: Claim, reason: str, now: float) -> No
     """Give the batch back, to be claimed anew. Raises LeaseLost."""
     _change(connection, claim, {"state": "abandoned", "reason": reason, "finished_at": now})
     lock_items(connection, ITEM.c.run_id == claim.id)
+    amendments.withdraw(connection, claim.id)
     connection.execute(
         update(ITEM).where(ITEM.c.run_id == claim.id), {"state": "touched", "run_id": None}
     )
@@ -128,6 +155,28 @@ def runs(connection: Connection, policy: str | None, limit: int) -> list[Trainin
     if policy is not None:
         query = query.where(RUN.c.policy == policy)
     return [TrainingRun(**row._mapping) for row in connection.execute(query)]
+
+
+def ideals_of(
+    connection: Connection, policy: str, batch: Sequence[Episode]
+) -> tuple[tuple[Correction, ...], tuple[Preference, ...]]:
+    """What people would rather have seen of these episodes, and which of two they preferred."""
+    unheard = rulings.unheard(connection, policy)
+    here = {(one.tenant, one.id) for one in batch}
+    said = events.of_episodes(connection, sorted(here))
+    corrected: list[Correction] = []
+    compared: dict[str, list[FeedbackEvent]] = {}
+    for episode in batch:
+        about = said.get((episode.tenant, episode.id), [])
+        silent = unheard.get(episode.tenant, ())
+        corrected += corrections(episode.id, about, silent)
+        both_here = (event for event in about if (episode.tenant, event.worse_id) in here)
+        compared.setdefault(episode.tenant, []).extend(both_here)
+    preferred = [
+        one for tenant, some in compared.items()
+        for one in preferences(some, unheard.get(tenant, ()))
+    ]  # fmt: skip
+    return tuple(corrected), tuple(preferred)
 
 
 def _unfinished(connection: Connection, policy: str, owner: str, now: float) -> Row[Any] | None:
@@ -160,24 +209,15 @@ def _drop_stale(
 
 
 def _new_run(
-    connection: Connection, spec: LearningSpec, live_version: int, owner: str, now: float
-) -> int | None:
-    """Make a run of ready episodes, those nearest to the live version first; None if none is left.
-
-    Oldest first would, under more traffic than is trained on, train on the stalest for ever. One
-    whose reward is changing at this moment is no longer ready: it is passed over.
-    """
-    distance = func.abs(ITEM.c.version - live_version)
-    freshest = (
-        select(ITEM.c.episode_id)
-        .where(ITEM.c.policy == spec.policy, ITEM.c.state == "ready", ITEM.c.matures_at <= now)
-        .order_by(distance, ITEM.c.ended_at.desc(), ITEM.c.episode_id)
-        .limit(spec.training.max_episodes)
-        .with_for_update(skip_locked=True)
-    )
-    ids = connection.execute(freshest).scalars().all()
-    if not ids:
-        return None
+    connection: Connection,
+    spec: LearningSpec,
+    live_version: int,
+    ids: Sequence[str],
+    *,
+    owner: str,
+    now: float,
+) -> int:
+    """Make a run of these episodes."""
     run_id: int = connection.execute(
         insert(RUN).returning(RUN.c.id),
         {
@@ -199,6 +239,36 @@ def _new_run(
     )
     connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"dropped_since": {}})
     return run_id
+
+
+def _freshest(
+    connection: Connection,
+    spec: LearningSpec,
+    live_version: int,
+    near: tuple[int, int],
+    now: float,
+) -> Sequence[str]:
+    """The batch's ids, locked, those nearest to the live version first; of no source and no API key
+    more than its share.
+
+    Oldest first would, under more traffic than is trained on, train on the stalest for ever. One
+    whose reward is changing at this moment is no longer ready: it is passed over.
+    """
+    most, share = spec.training.max_episodes, spec.reward.trust.max_source_share
+    order = (func.abs(ITEM.c.version - live_version), ITEM.c.ended_at.desc(), ITEM.c.episode_id)
+    usable = is_usable(spec, near, now)
+    freshest = select(ITEM.c.episode_id, ITEM.c.source, ITEM.c.key_id).order_by(*order)
+    if share == 1:
+        freshest = freshest.where(usable).limit(most)
+    else:
+        # However many episodes one source floods us with, those of others are looked at too.
+        place = func.row_number().over(partition_by=(ITEM.c.source, ITEM.c.key_id), order_by=order)
+        ranked = select(ITEM.c.episode_id, place.label("place")).where(usable).subquery()
+        among = select(ranked.c.episode_id).where(ranked.c.place <= most)
+        freshest = freshest.where(ITEM.c.episode_id.in_(among), ITEM.c.state == "ready")
+    rows = connection.execute(freshest.with_for_update(of=ITEM, skip_locked=True)).all()
+    rests: list[RestsOn] = [(row.source, row.key_id) for row in rows]
+    return [rows[index].episode_id for index in within_share(rests, share, most)]
 
 
 def _rewards(connection: Connection, run_id: int) -> dict[str, float]:

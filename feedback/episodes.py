@@ -82,6 +82,9 @@ def begin(connection: Connection, episode: Episode, owner: str | None = None) ->
                 "state": "running",
             },
         )
+        events.begun(
+            connection, episode.tenant, episode.id, storable(episode.task_key), episode.started_at
+        )
     for turn in episode.turns:
         append_turn(connection, episode.id, turn)
     if episode.stop_reason is not None:

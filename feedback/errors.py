@@ -18,7 +18,9 @@ class RecordError(Exception):
     ├── EpisodeTaken     another server runs the episode: our lease ran out
     ├── TurnOutOfOrder   a turn's index is not the next one
     ├── CallNotWaiting   a call does not wait for what was given
-    └── LeaseLost        another trainer holds this claim, or it is over
+    ├── LeaseLost        another trainer holds this claim, or it is over
+    ├── RulingMissing    no such ruling on a source
+    └── RulingConflict   somebody ruled on this source first
     """
 
 
@@ -68,4 +70,12 @@ class CallNotWaiting(RecordError):
 
 
 class LeaseLost(RecordError):
+    pass
+
+
+class RulingMissing(RecordError):
+    pass
+
+
+class RulingConflict(RecordError):
     pass

@@ -1,21 +1,35 @@
 """Feedback events in the database: append-only, each (tenant, source, event id) once, for ever.
 
-Events may name an episode that does not exist yet: they are stored, called parked, and count once
-it appears. What they are worth is `feedback.reward`'s to say.
+Events may name an episode or a task that does not exist yet: they are stored, called parked, and
+count once it appears. What they are worth is `feedback.reward`'s to say, and which episode of a
+task is meant `feedback.addressing`'s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    exists,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
+from feedback import amendments
+from feedback.addressing import addressed
 from feedback.database import insert_absent
 from feedback.locks import lock_items
-from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM
+from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM, SHORT_TASK
 from feedback.texts import is_storable
 from feedback.types import FeedbackEvent
 
@@ -24,6 +38,11 @@ _PARAMETERS = 500
 """Most values in one IN list: databases bound the number of parameters of a statement."""
 _ENDED = ("pending", "ready")
 """States of a training item whose reward an event may still change."""
+NEVER_JUDGED = "no_outcome"
+"""Why an episode is dropped whose owner waited long enough."""
+_COLUMNS = tuple(field.name for field in fields(FeedbackEvent))
+_CONTENT = tuple(name for name in _COLUMNS if name not in ("event_time", "received_at", "key_id"))
+"""What a repeat must have in common with the event: it may come with another key, later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +53,26 @@ class Receipt:
     status: Literal["recorded", "duplicate", "conflict"]
     """duplicate: known, with equal content; conflict: known with other content, which stands."""
     parked: bool
-    """Its episode does not exist yet."""
+    """Its episode, one of its two, or its task's first, does not exist yet."""
 
 
 def check(event: FeedbackEvent) -> None:
     """Raise ValueError for an event that cannot be recorded."""
-    for name in ("event_id", "source", "episode_id", "metric", "tenant"):
-        value = getattr(event, name)
-        if not 1 <= len(value) <= ID_LENGTH:
-            raise ValueError(
-                f"feedback {name} has {len(value)} characters; expected 1 to {ID_LENGTH}"
-            )
-        _check_text(name, value)
-    if event.comment is not None:
-        _check_text("comment", event.comment)
+    for name in ("event_id", "source", "metric", "tenant"):
+        _check_name(name, getattr(event, name))
+    for name in ("episode_id", "task_key", "worse_id"):
+        if getattr(event, name) is not None:
+            _check_name(name, getattr(event, name))
+    if (event.episode_id is None) == (event.task_key is None):
+        raise ValueError(
+            f"feedback names episode {event.episode_id!r} and task {event.task_key!r}; expected "
+            "one of the two"
+        )
+    if (event.kind == "preference") != (event.worse_id is not None):
+        raise ValueError(f"feedback of kind {event.kind!r} has worse_id {event.worse_id!r}")
+    for name in ("comment", "correction"):
+        if getattr(event, name) is not None:
+            _check_text(name, getattr(event, name))
     for name in ("value", "event_time", "received_at"):
         number = getattr(event, name)
         if number is not None and not math.isfinite(number):
@@ -62,7 +87,7 @@ def add(connection: Connection, events: Sequence[FeedbackEvent]) -> list[Receipt
     for event in events:
         check(event)
     known = _known(connection, [_key(event) for event in events])
-    existing = _existing(connection, [event.episode_id for event in events])
+    meant = _meant(connection, events)
     fresh: dict[_Key, FeedbackEvent] = {}
     for event in events:
         if _key(event) not in known:
@@ -70,10 +95,8 @@ def add(connection: Connection, events: Sequence[FeedbackEvent]) -> list[Receipt
     written = _insert(connection, list(fresh.values()))
     # What another process committed since the look-up is known now.
     known |= _known(connection, list(fresh.keys() - written))
-    here = {
-        fresh[key].episode_id for key in written if existing.get(fresh[key].episode_id) == key[0]
-    }
-    _touch(connection, sorted(here))
+    here = {meant[key] for key in written if fresh[key].kind == "value"}
+    touch(connection, sorted(id for id in here if id is not None))
     receipts: list[Receipt] = []
     for event in events:
         status: Literal["recorded", "duplicate", "conflict"] = "recorded"
@@ -82,21 +105,151 @@ def add(connection: Connection, events: Sequence[FeedbackEvent]) -> list[Receipt
             written.remove(_key(event))  # a repeat in the same call is one
         else:
             status = "duplicate" if _same(before, event) else "conflict"
-        parked = existing.get(event.episode_id) != event.tenant
-        receipts.append(Receipt(event.event_id, status, parked))
+        receipts.append(Receipt(event.event_id, status, meant[_key(event)] is None))
     return receipts
 
 
 def of_episodes(
     connection: Connection, keys: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], list[FeedbackEvent]]:
-    """Events by (tenant, episode id), in order of arrival."""
-    found: dict[tuple[str, str], list[FeedbackEvent]] = {}
+    """Events by (tenant, episode id), in order of arrival; those on an episode's task among them,
+    if it is the one that is meant."""
+    found: dict[tuple[str, str], list[tuple[int, FeedbackEvent]]] = {}
     for (tenant,), some in _batches(keys):
         query = select(FEEDBACK).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.episode_id.in_(some))
-        for row in connection.execute(query.order_by(FEEDBACK.c.id)):
-            found.setdefault((row.tenant, row.episode_id), []).append(_event(row))
-    return found
+        rows = [(str(row.episode_id), row) for row in connection.execute(query)]
+        for id, row in (*rows, *_on_tasks(connection, tenant, some)):
+            found.setdefault((tenant, id), []).append((row.id, _event(row)))
+    return {key: [event for _, event in sorted(said, key=_arrival)] for key, said in found.items()}
+
+
+def touch(connection: Connection, ids: Sequence[str]) -> None:
+    """Have these episodes' rewards worked out again; those in a run keep what it began with, and
+    the next one is told.
+
+    All of them are locked, whatever their state: whoever is settling, ending or claiming one at
+    this moment comes wholly before this event or sees it.
+    """
+    for some in _chunks(list(ids)):
+        lock_items(connection, ITEM.c.episode_id.in_(some))
+        connection.execute(
+            update(ITEM).where(ITEM.c.episode_id.in_(some), is_open()), {"state": "touched"}
+        )
+        amendments.note(connection, some)
+
+
+def unheard_of(
+    connection: Connection,
+    source: str,
+    *,
+    policy: str,
+    agent: str,
+    since: float,
+    tenant: str,
+    limit: int,
+) -> list[str]:
+    """As `Store.unheard_of`."""
+    said = exists().where(
+        FEEDBACK.c.tenant == tenant,
+        FEEDBACK.c.source == source,
+        FEEDBACK.c.event_id == EPISODE.c.id,
+    )
+    query = (
+        select(EPISODE.c.id)
+        .where(
+            EPISODE.c.tenant == tenant,
+            EPISODE.c.policy == policy,
+            EPISODE.c.started_at >= since,
+            EPISODE.c.agent == agent,
+            EPISODE.c.stop_reason.is_not(None),
+            EPISODE.c.purpose != "evaluation",
+            ~said,
+        )
+        .order_by(EPISODE.c.started_at, EPISODE.c.id)
+        .limit(limit)
+    )
+    return list(connection.execute(query).scalars())
+
+
+def is_open() -> ColumnElement[bool]:
+    """Items whose reward an event may still change: also those that were given up too early."""
+    return or_(ITEM.c.state.in_(_ENDED), ITEM.c.drop_reason == NEVER_JUDGED)
+
+
+def begun(connection: Connection, tenant: str, id: str, task_key: str, started_at: float) -> None:
+    """A task's episode is new: what was said of the task may be about it, and about others no
+    longer."""
+    said = select(FEEDBACK.c.id).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.task_key == task_key)
+    if len(task_key) > ID_LENGTH or connection.execute(said.limit(1)).first() is None:
+        return
+    place, own = tuple_(EPISODE.c.started_at, EPISODE.c.id), tuple_(started_at, id)
+    others = _attempts(tenant, task_key).limit(1)
+    neighbours = (
+        others.where(place < own).order_by(EPISODE.c.started_at.desc(), EPISODE.c.id.desc()),
+        others.where(place > own).order_by(EPISODE.c.started_at, EPISODE.c.id),
+    )
+    touch(connection, sorted(row.id for q in neighbours for row in connection.execute(q)))
+
+
+def _meant(connection: Connection, events: Sequence[FeedbackEvent]) -> dict[_Key, str | None]:
+    """Which episode each event is about; None while one that it names does not exist."""
+    named = [id for e in events for id in (e.episode_id, e.worse_id) if id is not None]
+    tenants = _existing(connection, named)
+    meant: dict[_Key, str | None] = {}
+    for event in events:
+        if event.task_key is not None:
+            meant[_key(event)] = _addressed(connection, event, event.task_key)
+        else:
+            ids = [id for id in (event.episode_id, event.worse_id) if id is not None]
+            is_here = all(tenants.get(id) == event.tenant for id in ids)
+            meant[_key(event)] = event.episode_id if is_here else None
+    return meant
+
+
+def _addressed(connection: Connection, event: FeedbackEvent, task_key: str) -> str | None:
+    """As `feedback.addressing.addressed`, without reading all of the task's episodes."""
+    attempts, at, id = (
+        _attempts(event.tenant, task_key).limit(1),
+        EPISODE.c.started_at,
+        EPISODE.c.id,
+    )
+    last = attempts.where(at <= event.event_time).order_by(at.desc(), id.desc())
+    found = connection.execute(last).first()
+    if found is None:
+        found = connection.execute(attempts.order_by(at, id)).first()
+    return None if found is None else str(found.id)
+
+
+def _on_tasks(
+    connection: Connection, tenant: str, ids: Sequence[str]
+) -> Iterator[tuple[str, Row[Any]]]:
+    """(episode id, event) of all that was said of these episodes' tasks and is about them."""
+    tasks = select(EPISODE.c.task_key).where(EPISODE.c.id.in_(ids), EPISODE.c.tenant == tenant)
+    said = connection.execute(
+        select(FEEDBACK).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.task_key.in_(tasks))
+    ).all()
+    attempts = {
+        task: [(row.started_at, row.id) for row in connection.execute(_in_order(tenant, task))]
+        for task in {row.task_key for row in said}
+    }
+    for row in said:
+        id = addressed(attempts[row.task_key], row.event_time)
+        if id is not None and id in ids:
+            yield id, row
+
+
+def _attempts(tenant: str, task_key: str) -> Select[Any]:
+    """A task's episodes. Held-out ones are judged by whoever runs them, and by nobody else."""
+    return select(EPISODE.c.started_at, EPISODE.c.id).where(
+        EPISODE.c.tenant == tenant,
+        EPISODE.c.task_key == task_key,
+        text(SHORT_TASK),
+        EPISODE.c.purpose != "evaluation",
+    )
+
+
+def _in_order(tenant: str, task_key: str) -> Select[Any]:
+    return _attempts(tenant, task_key).order_by(EPISODE.c.started_at, EPISODE.c.id)
 
 
 def _known(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, FeedbackEvent]:
@@ -133,28 +286,22 @@ def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _touch(connection: Connection, ids: list[str]) -> None:
-    """Have these episodes' rewards worked out again; those in a run keep what it began with.
-
-    All of them are locked, whatever their state: whoever is settling, ending or claiming one at
-    this moment comes wholly before this event or sees it.
-    """
-    for some in _chunks(ids):
-        lock_items(connection, ITEM.c.episode_id.in_(some))
-        connection.execute(
-            update(ITEM).where(ITEM.c.episode_id.in_(some), ITEM.c.state.in_(_ENDED)),
-            {"state": "touched"},
-        )
-
-
 def _same(before: FeedbackEvent, now: FeedbackEvent) -> bool:
     """Equal content. A sender that states no time of its own gets the time of arrival, which
     differs between retries: such times are not compared."""
     timeless = all(event.event_time == event.received_at for event in (before, now))
-    return (
-        (before.episode_id, before.metric, before.value, before.turn, before.comment)
-        == (now.episode_id, now.metric, now.value, now.turn, now.comment)
-    ) and (timeless or before.event_time == now.event_time)
+    same = all(getattr(before, name) == getattr(now, name) for name in _CONTENT)
+    return same and (timeless or before.event_time == now.event_time)
+
+
+def _arrival(said: tuple[int, FeedbackEvent]) -> int:
+    return said[0]
+
+
+def _check_name(name: str, value: str) -> None:
+    if not 1 <= len(value) <= ID_LENGTH:
+        raise ValueError(f"feedback {name} has {len(value)} characters; expected 1 to {ID_LENGTH}")
+    _check_text(name, value)
 
 
 def _check_text(name: str, value: str) -> None:
@@ -182,30 +329,8 @@ def _chunks(items: list[str]) -> Iterable[list[str]]:
 
 
 def _values(event: FeedbackEvent) -> dict[str, Any]:
-    return {
-        "tenant": event.tenant,
-        "source": event.source,
-        "event_id": event.event_id,
-        "episode_id": event.episode_id,
-        "metric": event.metric,
-        "value": event.value,
-        "turn": event.turn,
-        "comment": event.comment,
-        "event_time": event.event_time,
-        "received_at": event.received_at,
-    }
+    return {name: getattr(event, name) for name in _COLUMNS}
 
 
 def _event(row: Row[Any]) -> FeedbackEvent:
-    return FeedbackEvent(
-        event_id=row.event_id,
-        source=row.source,
-        episode_id=row.episode_id,
-        metric=row.metric,
-        value=row.value,
-        event_time=row.event_time,
-        received_at=row.received_at,
-        tenant=row.tenant,
-        turn=row.turn,
-        comment=row.comment,
-    )
+    return FeedbackEvent(**{name: getattr(row, name) for name in _COLUMNS})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, Connection, case, func, select
 
-from feedback import events
+from feedback import events, rulings
 from feedback.reward import effective_values
 from feedback.rows import EPISODE, ITEM, RUN
 from policy.ownership import owner_of
@@ -58,13 +58,14 @@ def known(
     ).all()
     keys = [(tenant, row.id) for row in rows] if with_metrics else []
     said = events.of_episodes(connection, keys)
+    unheard = rulings.unheard(connection, policy).get(tenant, ())
     return [
         Outcome(
             row.task_key,
             row.version,
             row.started_at,
             row.reward,
-            effective_values(said.get((tenant, row.id), ())),
+            effective_values(said.get((tenant, row.id), ()), unheard),
         )
         for row in rows
     ]

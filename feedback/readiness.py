@@ -7,25 +7,40 @@ asks: settling costs what happened since, and the counts come from one index. Cl
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, case, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    select,
+    update,
+)
 
-from feedback import events
+from feedback import amendments, events, rulings
 from feedback.database import insert_absent
 from feedback.locks import lock_items
-from feedback.reward import outcome_of
+from feedback.reward import Figures, outcome_of
 from feedback.rows import EPISODE, ITEM, LINE, RUN
+from feedback.shares import RestsOn, within_share
 from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
 from feedback.training import Readiness
 from feedback.types import FeedbackEvent
 
 _CHUNK = 1000
 """Episodes settled in one transaction, so that writers in between wait for milliseconds."""
+_IDS = 500
+"""Most values in one IN list: databases bound the number of parameters of a statement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,8 @@ class Pool:
     """The rewarded episodes that no run holds."""
 
     ready: int = 0
+    held_back: int = 0
+    """As good as ready, but too much would rest on one source's word."""
     stale: int = 0
     """Matured, and of a version too far from the live one."""
     immature: int = 0
@@ -54,60 +71,75 @@ def line_of(connection: Connection, policy: str) -> Row[Any]:
     return row
 
 
-def unsettled(connection: Connection, spec: LearningSpec) -> bool:
+def unsettled(connection: Connection, spec: LearningSpec, now: float) -> bool:
     """Whether `settle` has anything to do."""
     line = connection.execute(
         select(LINE.c.reward_digest).where(LINE.c.policy == spec.policy)
     ).scalar()
-    if line is not None and line != _digest(spec.reward):
+    unheard = rulings.unheard(connection, spec.policy)
+    if line is not None and line != _digest(spec.reward, unheard):
         return True
-    touched = _items(spec.policy, "touched").with_only_columns(ITEM.c.episode_id).limit(1)
-    return connection.execute(touched).first() is not None
+    return any(
+        connection.execute(query.with_only_columns(ITEM.c.episode_id).limit(1)).first() is not None
+        for query in _due(spec, now)
+    )
 
 
-def settle(connection: Connection, spec: LearningSpec) -> bool:
+def settle(connection: Connection, spec: LearningSpec, now: float) -> bool:
     """Work out the rewards of some touched episodes; returns whether more are left.
 
-    A changed reward spec touches every episode that no run has taken yet.
+    A changed reward spec, or a ruling on whose word counts, touches every episode that no run has
+    taken yet.
     """
     line = line_of(connection, spec.policy)
-    if line.reward_digest != _digest(spec.reward):
-        lock_items(connection, ITEM.c.policy == spec.policy, ITEM.c.state.in_(_REWARDED))
+    unheard = rulings.unheard(connection, spec.policy)
+    digest = _digest(spec.reward, unheard)
+    if line.reward_digest != digest:
+        open_ = (ITEM.c.policy == spec.policy, events.is_open())
+        lock_items(connection, *open_)
+        connection.execute(update(ITEM).where(*open_), {"state": "touched"})
         connection.execute(
-            update(ITEM).where(ITEM.c.policy == spec.policy, ITEM.c.state.in_(_REWARDED)),
-            {"state": "touched"},
+            update(LINE).where(LINE.c.policy == spec.policy), {"reward_digest": digest}
         )
-        connection.execute(
-            update(LINE).where(LINE.c.policy == spec.policy),
-            {"reward_digest": _digest(spec.reward)},
-        )
-    rows = connection.execute(
-        select(
-            ITEM.c.episode_id,
-            ITEM.c.ended_at,
-            EPISODE.c.tenant,
-            EPISODE.c.n_tokens,
-            EPISODE.c.has_logprobs,
-        )
-        .join(EPISODE, EPISODE.c.id == ITEM.c.episode_id)
-        .where(ITEM.c.policy == spec.policy, ITEM.c.state == "touched")
-        .limit(_CHUNK)
-        # One that is being touched again at this moment is left for the next time.
-        .with_for_update(of=ITEM, skip_locked=True)
-    ).all()
-    said = events.of_episodes(connection, [(row.tenant, row.episode_id) for row in rows])
+    # One that is being touched again at this moment is left for the next time.
+    ids = [
+        id
+        for query in _due(spec, now)
+        for id in connection.execute(
+            query.with_only_columns(ITEM.c.episode_id)
+            .limit(_CHUNK)
+            .with_for_update(skip_locked=True)
+        ).scalars()
+    ]
     settled = [
-        _settled(spec.reward, row, said.get((row.tenant, row.episode_id), ())) for row in rows
+        _settled(spec.reward, standing, said, now, unheard.get(standing.tenant, ()))
+        for standing, said in _standing(connection, ids)
     ]
     if settled:
-        connection.execute(
-            update(ITEM).where(ITEM.c.episode_id == bindparam("id")),
-            settled,
-        )
+        connection.execute(update(ITEM).where(ITEM.c.episode_id == bindparam("id")), settled)
     count_drops(
         connection, spec.policy, Counter(s["drop_reason"] for s in settled if s["drop_reason"])
     )
-    return len(rows) == _CHUNK
+    return len(ids) >= _CHUNK
+
+
+def worth(
+    connection: Connection, spec: LearningSpec, ids: Sequence[str], now: float
+) -> dict[str, float | None]:
+    """What episodes are worth by now, whatever they were trained with; silent about those of which
+    only the time says more."""
+    unheard = rulings.unheard(connection, spec.policy)
+    found = {
+        standing.episode_id: outcome_of(
+            spec.reward,
+            said,
+            _figures(standing),
+            now=now,
+            unheard=unheard.get(standing.tenant, ()),
+        )
+        for standing, said in _standing(connection, ids)
+    }
+    return {id: reward.value for id, reward in found.items() if reward.again_at is None}
 
 
 def count_drops(connection: Connection, policy: str, drops: Mapping[str, int]) -> None:
@@ -138,7 +170,8 @@ def near_versions(
 
 
 def pool_of(connection: Connection, spec: LearningSpec, near: tuple[int, int], now: float) -> Pool:
-    """Count the settled episodes by what keeps them from training. One index, no table rows."""
+    """Count the settled episodes by what keeps them from training. One index, no table rows, unless
+    the share of a source is bounded."""
     matured = ITEM.c.matures_at <= now
     rows = connection.execute(
         _items(spec.policy, "ready")
@@ -152,14 +185,37 @@ def pool_of(connection: Connection, spec: LearningSpec, near: tuple[int, int], n
         .group_by(ITEM.c.version)
     ).all()
     fresh = [row for row in rows if near[0] <= row.version <= near[1]]
-    ready = sum(row.matured for row in fresh)
+    found = sum(row.matured for row in fresh)
+    held_back = _held_back(connection, spec, near, now) if found else 0
     return Pool(
-        ready=ready,
-        stale=sum(row.matured for row in rows) - ready,
+        ready=found - held_back,
+        held_back=held_back,
+        stale=sum(row.matured for row in rows) - found,
         immature=sum(row.n - row.matured for row in rows),
         waiting_since=_least(row.waiting_since for row in fresh),
         next_matures_at=_least(row.next_matures_at for row in fresh),
     )
+
+
+def is_usable(spec: LearningSpec, near: tuple[int, int], now: float) -> ColumnElement[bool]:
+    """Items that are ready, mature and near enough to the live version."""
+    return and_(
+        ITEM.c.policy == spec.policy,
+        ITEM.c.state == "ready",
+        ITEM.c.version.between(*near),
+        ITEM.c.matures_at <= now,
+    )
+
+
+def _held_back(
+    connection: Connection, spec: LearningSpec, near: tuple[int, int], now: float
+) -> int:
+    share = spec.reward.trust.max_source_share
+    if share == 1:
+        return 0
+    query = select(ITEM.c.source, ITEM.c.key_id).where(is_usable(spec, near, now))
+    rests: list[RestsOn] = [(row.source, row.key_id) for row in connection.execute(query)]
+    return len(rests) - len(within_share(rests, share, len(rests)))
 
 
 def triggered(training: TrainingSpec, pool: Pool, now: float) -> bool:
@@ -197,10 +253,11 @@ def readiness(
         triggered=triggered(spec.training, pool, now),
         why=why,
         next_trigger=next_trigger,
+        held_back=pool.held_back,
+        late=amendments.waiting(connection, spec.policy),
     )
 
 
-_REWARDED = ("pending", "ready")
 _COUNTED = ("running", "pending", "claimed")
 
 
@@ -213,23 +270,66 @@ def _count(connection: Connection, policy: str, state: str) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def _settled(reward: RewardSpec, row: Any, said: Iterable[FeedbackEvent]) -> dict[str, Any]:
+def _due(spec: LearningSpec, now: float) -> list[Select[Any]]:
+    """Items to be worked out: those that something was said of, and those given up by now."""
+    due = [_items(spec.policy, "touched")]
+    if any(metric.missing != "wait" for metric in spec.reward.metrics.values()):
+        due.append(_items(spec.policy, "pending").where(ITEM.c.matures_at <= now))
+    return due
+
+
+def _standing(
+    connection: Connection, ids: Sequence[str]
+) -> Iterator[tuple[Any, list[FeedbackEvent]]]:
+    """What an episode's reward comes of: its figures, and what was said."""
+    for start in range(0, len(ids), _IDS):
+        rows = connection.execute(
+            select(
+                EPISODE.c.id.label("episode_id"),
+                EPISODE.c.tenant,
+                EPISODE.c.n_tokens,
+                EPISODE.c.n_turns,
+                EPISODE.c.has_logprobs,
+                EPISODE.c.started_at,
+                EPISODE.c.ended_at,
+            ).where(EPISODE.c.id.in_(ids[start : start + _IDS]))
+        ).all()
+        said = events.of_episodes(connection, [(row.tenant, row.episode_id) for row in rows])
+        for row in rows:
+            yield row, said.get((row.tenant, row.episode_id), [])
+
+
+def _figures(row: Any) -> Figures:
+    return Figures(row.n_tokens, row.n_turns, row.started_at, row.ended_at)
+
+
+def _settled(
+    reward: RewardSpec,
+    row: Any,
+    said: Sequence[FeedbackEvent],
+    now: float,
+    unheard: Collection[tuple[str, str]],
+) -> dict[str, Any]:
     """The new columns of one training item."""
-    said = list(said)
     if row.n_tokens == 0 or not row.has_logprobs:
         reason = "no_turns" if row.n_tokens == 0 else "no_logprobs"
         return _columns(row.episode_id, "dropped", drop_reason=reason)
-    value = outcome_of(reward, said).value
-    if value is None:
-        return _columns(row.episode_id, "pending")
+    found = outcome_of(reward, said, _figures(row), now=now, unheard=unheard)
+    if found.is_given_up:
+        return _columns(row.episode_id, "dropped", drop_reason=events.NEVER_JUDGED)
+    if found.value is None:
+        return _columns(row.episode_id, "pending", matures_at=found.again_at)
     matures_at = row.ended_at + reward.maturity_seconds
-    arrived = max(event.received_at for event in said)
+    # Without a word it became ready when it was given up.
+    arrived = max((event.received_at for event in said), default=now)
     return _columns(
         row.episode_id,
         "ready",
-        reward=value,
+        reward=found.value,
         matures_at=matures_at,
         waiting_since=max(matures_at, arrived),
+        source=_only(found.sources),
+        key_id=_only(found.keys),
     )
 
 
@@ -241,6 +341,8 @@ def _columns(
     matures_at: float | None = None,
     waiting_since: float | None = None,
     drop_reason: str | None = None,
+    source: str | None = None,
+    key_id: str | None = None,
 ) -> dict[str, Any]:
     return {
         "id": episode_id,
@@ -249,7 +351,14 @@ def _columns(
         "matures_at": matures_at,
         "waiting_since": waiting_since,
         "drop_reason": drop_reason,
+        "source": source,
+        "key_id": key_id,
     }
+
+
+def _only(names: Collection[str | None]) -> str | None:
+    """The one that stands alone."""
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _explain(
@@ -268,6 +377,7 @@ def _explain(
         "inside the maturity window": pool.immature,
         "in a run under way": counts["claimed"],
         "too stale": pool.stale,
+        "held back, since they rest on too few sources": pool.held_back,
     }
     others = ", ".join(f"{n} {words}" for words, n in held.items() if n)
     return why + (f"; {others}" if others else ""), _next_trigger(training, pool)
@@ -290,5 +400,8 @@ def _least(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
-def _digest(reward: RewardSpec) -> str:
-    return hashlib.sha256(reward.model_dump_json().encode()).hexdigest()
+def _digest(reward: RewardSpec, unheard: Mapping[str, Collection[tuple[str, str]]]) -> str:
+    """Of all but the events that rewards depend on."""
+    silenced = sorted((tenant, *one) for tenant, some in unheard.items() for one in some)
+    said = reward.model_dump_json() + (json.dumps(silenced) if silenced else "")
+    return hashlib.sha256(said.encode()).hexdigest()

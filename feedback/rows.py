@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Column, Index, LargeBinary, Table, Text, UniqueConstraint
+from sqlalchemy import JSON, Column, Index, LargeBinary, Table, Text, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 ID_LENGTH = 200
 """Longest id, name or key that is stored, in characters."""
+SHORT_TASK = f"length(task_key) <= {ID_LENGTH}"
+"""Episodes whose task feedback can name."""
+HAS_TASK = "task_key IS NOT NULL"
 
 
 class EpisodeRow(SQLModel, table=True):
@@ -23,7 +26,12 @@ class EpisodeRow(SQLModel, table=True):
         Index("ix_episode_tenant_started", "tenant", "started_at", "id"),
         Index("ix_episode_tenant_policy_started", "tenant", "policy", "started_at", "id"),
         Index("ix_episode_stop_reason", "stop_reason"),
-    )
+        # Postgres refuses to index texts of any length; feedback names none that are longer.
+        Index(
+            "ix_episode_task", "tenant", "task_key", "started_at",
+            sqlite_where=text(SHORT_TASK), postgresql_where=text(SHORT_TASK),
+        ),
+    )  # fmt: skip
 
     id: str = Field(primary_key=True, max_length=ID_LENGTH)
     tenant: str = Field(max_length=ID_LENGTH)
@@ -137,19 +145,28 @@ class FeedbackRow(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("tenant", "source", "event_id", name="uq_feedback_event"),
         Index("ix_feedback_episode", "tenant", "episode_id"),
-    )
+        Index(
+            "ix_feedback_task", "tenant", "task_key", "event_time",
+            sqlite_where=text(HAS_TASK), postgresql_where=text(HAS_TASK),
+        ),
+    )  # fmt: skip
 
     id: int | None = Field(default=None, primary_key=True)
     tenant: str = Field(max_length=ID_LENGTH)
     source: str = Field(max_length=ID_LENGTH)
     event_id: str = Field(max_length=ID_LENGTH)
-    episode_id: str = Field(max_length=ID_LENGTH)
+    kind: str = Field(max_length=20)
+    episode_id: str | None = Field(default=None, max_length=ID_LENGTH)
+    task_key: str | None = Field(default=None, max_length=ID_LENGTH)
+    worse_id: str | None = Field(default=None, max_length=ID_LENGTH)
     metric: str = Field(max_length=ID_LENGTH)
     value: float | None = None
     turn: int | None = None
     comment: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    correction: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
     event_time: float
     received_at: float
+    key_id: str | None = Field(default=None, max_length=ID_LENGTH)
 
 
 class TrainingItemRow(SQLModel, table=True):
@@ -175,8 +192,13 @@ class TrainingItemRow(SQLModel, table=True):
     ended_at: float | None = None
     reward: float | None = None
     matures_at: float | None = None
+    """When the reward counts; while it is pending, when it is worth another look."""
     waiting_since: float | None = None
     """When it matured or its last outcome arrived, whichever was later."""
+    source: str | None = Field(default=None, max_length=ID_LENGTH)
+    """The only source whose word the reward rests on; None: several, or none."""
+    key_id: str | None = Field(default=None, max_length=ID_LENGTH)
+    """The only API key that it rests on, likewise."""
     drop_reason: str | None = Field(default=None, max_length=40)
     run_id: int | None = Field(default=None, foreign_key="training_run.id")
 
@@ -238,6 +260,47 @@ class ApiKeyRow(SQLModel, table=True):
     last_used_at: float | None = None
 
 
+class AmendmentRow(SQLModel, table=True):
+    """An episode of a used batch that more was said about since: what the next batch is told.
+
+    One row an episode. `run_id` is the run that is told at present; `again` says that still more
+    arrived meanwhile.
+    """
+
+    __tablename__ = "amendment"
+    __table_args__ = (Index("ix_amendment_policy", "policy", "run_id"),)
+
+    episode_id: str = Field(primary_key=True, foreign_key="episode.id", max_length=ID_LENGTH)
+    policy: str = Field(max_length=ID_LENGTH)
+    run_id: int | None = Field(default=None, foreign_key="training_run.id")
+    again: bool = False
+    reward: float | None = None
+    """What that run is told it is worth; None: not known any more."""
+
+
+class RulingRow(SQLModel, table=True):
+    """Whether a source's word on a metric of a policy counts. Append-only: the last one holds."""
+
+    __tablename__ = "ruling"
+    __table_args__ = (
+        UniqueConstraint("tenant", "policy", "source", "metric", "sequence", name="uq_ruling"),
+        Index("ix_ruling_policy", "policy"),
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    tenant: str = Field(max_length=ID_LENGTH)
+    policy: str = Field(max_length=ID_LENGTH)
+    source: str = Field(max_length=ID_LENGTH)
+    metric: str = Field(max_length=ID_LENGTH)
+    sequence: int
+    """1, 2, ... by source and metric: whoever writes one has seen all before it."""
+    verdict: str = Field(max_length=20)
+    actor: str = Field(max_length=ID_LENGTH)
+    reason: str = Field(sa_column=Column(Text, nullable=False))
+    figures: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    at: float
+
+
 def _table(name: str) -> Table:
     return SQLModel.metadata.tables[name]
 
@@ -252,3 +315,5 @@ KEY = _table("api_key")
 SERVER_LEASE = _table("server_lease")
 AGENT_RUN = _table("agent_run")
 AGENT_CALL = _table("agent_call")
+AMENDMENT = _table("amendment")
+RULING = _table("ruling")

@@ -37,15 +37,50 @@ class MetricSpec(MetricRange):
 
     weight: float = Field(1.0, gt=0)
     required: bool = Field(True, description="The reward stays pending until this metric arrives.")
-
-
-class RewardSpec(Strict):
-    """How events become one scalar in [0, 1], or pending."""
-
-    metrics: dict[str, MetricSpec] = Field(default_factory=lambda: {"success": MetricSpec()})
-    maturity_seconds: float = Field(
-        0.0, ge=0, description="Wait this long after an episode's end before its reward counts."
+    turns: Literal["none", "mean", "sum"] = Field(
+        "none", description="What words on single turns make, where none is on the whole episode."
     )
+    missing: Literal["wait", "drop"] | float = Field(
+        "wait",
+        description="What it means if it never arrives: wait for ever, drop the episode, or a "
+        "value that is taken for it.",
+    )
+    missing_after_seconds: float | None = Field(
+        None, ge=0, description="How long after the episode's end it is given up."
+    )
+
+    @model_validator(mode="after")
+    def _gives_up_at_some_time(self) -> Self:
+        if (self.missing == "wait") != (self.missing_after_seconds is None):
+            raise ValueError(
+                f"missing is {self.missing!r} and missing_after_seconds "
+                f"{self.missing_after_seconds!r}; 'wait' takes no time, all else needs one"
+            )
+        if self.missing != "wait" and not self.required:
+            raise ValueError("missing is for required metrics; others are left out if they miss")
+        return self
+
+
+class CostSpec(Strict):
+    """What an amount takes from the reward."""
+
+    full: float = Field(gt=0, description="The amount, and more of it, that takes all of `weight`.")
+    weight: float = Field(gt=0, le=1, description="The part of the reward that is taken then.")
+
+
+class CostsSpec(Strict):
+    """What an episode used up, in proportion; a failure earns nothing by being cheap."""
+
+    tokens: CostSpec | None = Field(None, description="Sampled tokens.")
+    turns: CostSpec | None = None
+    seconds: CostSpec | None = Field(None, description="From the episode's begin to its end.")
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> Self:
+        total = sum(cost.weight for cost in (self.tokens, self.turns, self.seconds) if cost)
+        if total > 1:
+            raise ValueError(f"weights add up to {total:g}; expected 1 at most")
+        return self
 
 
 class GuardSpec(MetricRange):
@@ -54,6 +89,40 @@ class GuardSpec(MetricRange):
     margin: float = Field(
         0.05, gt=0, lt=1, description="Loss that must not pass, on the scale of [0, 1]."
     )
+
+
+class QuarantineSpec(Strict):
+    """When a source's word on a metric stops counting until an owner has looked at it."""
+
+    z: float = Field(5.0, gt=0, description="Robust z-score of its mean from which it deviates.")
+    window: int = Field(200, ge=1, description="Its latest words that are looked at.")
+    min_words: int = Field(30, ge=2, description="Fewer are no evidence.")
+
+
+class TrustSpec(Strict):
+    """How far any one source is believed."""
+
+    max_source_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Largest part of a batch whose reward rests on one source, or one API key.",
+    )
+    quarantine: QuarantineSpec | None = Field(None, description="None: no source is suspected.")
+
+
+class RewardSpec(Strict):
+    """How events become one scalar in [0, 1], or pending."""
+
+    metrics: dict[str, MetricSpec] = Field(default_factory=lambda: {"success": MetricSpec()})
+    costs: CostsSpec = CostsSpec()
+    guards: dict[str, GuardSpec] = Field(
+        default_factory=dict, description="Metrics that a canary must not worsen."
+    )
+    maturity_seconds: float = Field(
+        0.0, ge=0, description="Wait this long after an episode's end before its reward counts."
+    )
+    trust: TrustSpec = TrustSpec()
 
 
 class GateSpec(Strict):
@@ -88,9 +157,6 @@ class GateSpec(Strict):
     margin: float = Field(
         0.1, ge=0, le=1, description="How far below the incumbent's success a candidate may fall."
     )
-    guards: dict[str, GuardSpec] = Field(
-        default_factory=dict, description="Metrics of the held-out tasks that must not fall."
-    )
 
 
 class ShadowSpec(Strict):
@@ -120,9 +186,6 @@ class CanarySpec(Strict):
     )
     margin: float = Field(
         0.05, gt=0, lt=1, description="Loss of mean reward, over all traffic, that must not pass."
-    )
-    guards: dict[str, GuardSpec] = Field(
-        default_factory=dict, description="Metrics that are tested besides the reward."
     )
     alpha: float = Field(
         0.025, gt=0, lt=0.5, description="Probability of a false rollback; of a false pass, too."

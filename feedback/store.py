@@ -1,8 +1,8 @@
 """The durable record, as one object: each method is one committed transaction.
 
-A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.readiness`
-and `feedback.claims`, which hold the SQL. Calls block on the disk: in asyncio use `feedback.log`,
-or a thread.
+A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.readiness`,
+`feedback.claims` and `feedback.rulings`, which hold the SQL. Calls block on the disk: in asyncio
+use `feedback.log`, or a thread.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlmodel import Session
 
-from feedback import claims, episodes, events, outcomes, run_record
+from feedback import claims, episodes, events, outcomes, rulings, run_record, suspicion
 from feedback import readiness as ready
 from feedback.database import open_database, writing
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
 from feedback.outcomes import Copies, Outcome
+from feedback.rulings import Ruling, Verdict
 from feedback.spec import LearningSpec
 from feedback.training import Claim, Readiness, RewardedEpisode, TrainingRun
 from feedback.types import Episode, FeedbackEvent, Purpose, Turn
@@ -100,6 +101,63 @@ class Store:
         with self.database.connect() as connection:
             return events.of_episodes(connection, [key]).get(key, [])
 
+    def unheard_of(
+        self,
+        source: str,
+        *,
+        policy: str,
+        agent: str,
+        since: float,
+        tenant: str = "default",
+        limit: int = 100,
+    ) -> list[str]:
+        """Finished live and practice episodes that `source` has said nothing of by their own id,
+        oldest first, of those that began at `since` or later."""
+        with self.database.connect() as connection:
+            return events.unheard_of(
+                connection, source,
+                policy=policy, agent=agent, since=since, tenant=tenant, limit=limit,
+            )  # fmt: skip
+
+    # Whose word counts
+
+    def unheard(self, policy: str, tenant: str = "default") -> frozenset[tuple[str, str]]:
+        """Each (source, metric) of a policy that does not count at present."""
+        with self.database.connect() as connection:
+            return rulings.unheard(connection, policy).get(tenant, frozenset())
+
+    def rulings(self, *, policy: str | None = None, tenant: str | None = None) -> list[Ruling]:
+        """The last ruling on each source and metric, newest first."""
+        with self.database.connect() as connection:
+            return rulings.in_force(connection, policy=policy, tenant=tenant)
+
+    def rule(self, ruling: Ruling, *, after: int) -> Ruling:
+        """Record a ruling by somebody who saw those up to `after`; raises RulingConflict."""
+        with self._writing.begin() as connection:
+            return rulings.record(connection, ruling, after=after)
+
+    def quarantine(self, spec: LearningSpec, *, now: float | None = None) -> list[Ruling]:
+        """Rule out whoever deviates, and say whom; raises RulingConflict."""
+        with self._writing.begin() as connection:
+            return suspicion.look(connection, spec, _or_now(now))
+
+    def decide(
+        self,
+        ruling_id: int,
+        verdict: Verdict,
+        *,
+        actor: str,
+        reason: str,
+        tenant: str = "default",
+        now: float | None = None,
+    ) -> Ruling:
+        """Follow a ruling by another one; raises RulingMissing or RulingConflict."""
+        with self._writing.begin() as connection:
+            return rulings.decide(
+                connection, ruling_id, verdict,
+                tenant=tenant, actor=actor, reason=reason, now=_or_now(now),
+            )  # fmt: skip
+
     # Comparing versions
 
     def outcomes(
@@ -112,7 +170,7 @@ class Store:
         now: float | None = None,
     ) -> list[Outcome]:
         """The matured rewards of these versions' episodes, in the order they became known."""
-        self._settle(spec)
+        self._settle(spec, _or_now(now))
         with self.database.connect() as connection:
             return outcomes.known(
                 connection, spec.policy, versions,
@@ -128,7 +186,7 @@ class Store:
         self, spec: LearningSpec, version: int, *, limit: int, now: float | None = None
     ) -> list[RewardedEpisode]:
         """Matured episodes of `version` that no training run has taken, the newest first."""
-        self._settle(spec)
+        self._settle(spec, _or_now(now))
         with self.database.connect() as connection:
             rewards = outcomes.held_aside(
                 connection, spec.policy, version, limit=limit, now=_or_now(now)
@@ -152,7 +210,7 @@ class Store:
         now: float | None = None,
     ) -> Readiness:
         """Why training is, or is not, under way. For `oldest_version` see `claim`."""
-        self._settle(spec)
+        self._settle(spec, _or_now(now))
         near = ready.near_versions(spec.training, live_version, oldest_version)
         with self.database.connect() as connection:
             return ready.readiness(connection, spec, near, _or_now(now))
@@ -172,7 +230,7 @@ class Store:
         `oldest_version` is the lowest whose episodes are fresh enough; without it, the one whose
         number is `max_staleness` below the live one's.
         """
-        self._settle(spec)
+        self._settle(spec, _or_now(now))
         with self._writing.begin() as connection:
             grant = claims.grant(
                 connection,
@@ -187,7 +245,20 @@ class Store:
             return None
         with self.database.connect() as connection:
             rewarded = tuple(_rewarded(connection, grant.rewards))
-        return Claim(grant.id, grant.fence, spec.policy, rewarded, grant.dropped, grant.resumed)
+            corrections, preferences = claims.ideals_of(
+                connection, spec.policy, [each.episode for each in rewarded]
+            )
+        return Claim(
+            grant.id,
+            grant.fence,
+            spec.policy,
+            rewarded,
+            grant.dropped,
+            grant.resumed,
+            grant.amendments,
+            corrections,
+            preferences,
+        )
 
     def renew(self, claim: Claim, *, lease_seconds: float, now: float | None = None) -> None:
         """Keep the lease; raises LeaseLost."""
@@ -224,12 +295,12 @@ class Store:
         with self.database.connect() as connection:
             return claims.runs(connection, policy, limit)
 
-    def _settle(self, spec: LearningSpec) -> None:
+    def _settle(self, spec: LearningSpec, now: float) -> None:
         with self.database.connect() as connection:
-            more = ready.unsettled(connection, spec)
+            more = ready.unsettled(connection, spec, now)
         while more:
             with self._writing.begin() as connection:
-                more = ready.settle(connection, spec)
+                more = ready.settle(connection, spec, now)
 
 
 def _rewarded(connection: Connection, rewards: Mapping[str, float]) -> list[RewardedEpisode]:

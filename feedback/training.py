@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback.ideals import Correction, Preference
 from feedback.types import Episode
 
 
@@ -27,11 +28,15 @@ class Readiness:
     """Held by a run that is under way."""
     trained: int
     dropped: Mapping[str, int]
-    """By reason: no_turns, no_logprobs, stale."""
+    """By reason: no_turns, no_logprobs, no_outcome, stale."""
     triggered: bool
     """Whether a claim would be granted now."""
     why: str
     next_trigger: str
+    held_back: int = 0
+    """Ready, but too much of a batch would rest on one source's word, or one key's."""
+    late: int = 0
+    """Of used batches, with feedback since: the next batch is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,17 @@ class RewardedEpisode:
 
     episode: Episode
     reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """An episode of a batch that was used, of which more was said since."""
+
+    episode_id: str
+    task_key: str
+    before: float | None
+    """What the trainer was told that it is worth; None: that it is not known any more."""
+    after: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +73,12 @@ class Claim:
     """Episodes dropped since the claim before this one, by reason."""
     resumed: bool = False
     """Whether the batch was claimed before and not finished: a checkpoint may exist."""
+    amendments: Sequence[Amendment] = ()
+    """What feedback on batches before this one came too late for."""
+    corrections: Sequence[Correction] = ()
+    """Of this batch's episodes."""
+    preferences: Sequence[Preference] = ()
+    """Between two episodes of this batch."""
 
 
 @dataclass(frozen=True, slots=True)

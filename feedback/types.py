@@ -14,6 +14,8 @@ Purpose = Literal["live", "practice", "evaluation", "shadow"]
 """Only live and practice episodes are ever trained on. Shadow ones are copies that the server makes
 of others, and that nobody was shown."""
 
+FeedbackKind = Literal["value", "comment", "correction", "preference"]
+
 ToolStatus = Literal["ok", "error", "refused", "timeout", "invalid", "unknown", "pending"]
 
 METRIC_PATTERN = r"^[a-z][a-z0-9_.-]{0,63}$"
@@ -92,13 +94,25 @@ class FeedbackEvent:
     event_id: str
     """Unique within (tenant, source), for ever."""
     source: str
-    episode_id: str
+    episode_id: str | None
+    """What it is about; of a preference, the better one. None: see `task_key`."""
     metric: str
+    """Which outcome; the kind's own name where it is not a value."""
     value: float | None
-    """None retracts what this source said of this metric before `event_time`."""
+    """None retracts what this source said of this metric before `event_time`. Of a preference 1."""
     event_time: float
     """When it became true, Unix seconds; later wins, whatever the order of arrival."""
     received_at: float
     tenant: str = "default"
     turn: int | None = None
     comment: str | None = None
+    kind: FeedbackKind = "value"
+    """value: a number or a boolean; comment: only `comment`; correction, preference: see there."""
+    task_key: str | None = None
+    """About the episode of this task, whichever `feedback.addressing` says."""
+    correction: str | None = None
+    """What should have been said, in the episode's last turn or in `turn`; None retracts."""
+    worse_id: str | None = None
+    """The episode that `episode_id` is preferred to; `value` None retracts."""
+    key_id: str | None = None
+    """Public id of the API key that it came with; None: with none, or signed."""

@@ -45,10 +45,13 @@ from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
 from server.errors import install_error_handlers
 from server.instance import Heartbeat, new_name
+from server.judges.judge import Judge, read_api_key
+from server.judges.watch import JudgeWatch, Post
 from server.middleware import BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, collect
 from server.plain_responses import AskedResponse
 from server.plain_traffic import PlainTraffic
+from server.quarantine import QuarantineWatch
 from server.release_controller import ReleaseController
 from server.response_store import ResponseStore
 from server.retention import Retention
@@ -61,6 +64,7 @@ from server.routes import (
     metrics,
     models,
     policies,
+    quarantine,
     responses,
     runs,
     training,
@@ -74,6 +78,7 @@ from server.sampled_reply import SampledReply
 from server.services import Services, services_of
 from server.settings import Settings
 from server.shadow import Shadow
+from server.source_limits import SourceLimits
 from server.supervisor import Supervisor
 from server.telemetry.http import CountedRequests
 from server.telemetry.ledger import Ledger
@@ -163,7 +168,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
     install_error_handlers(app)
     for module in (
-        *(health, models, responses, agents, feedback, webhooks),
+        *(health, models, responses, agents, feedback, quarantine, webhooks),
         *(runs, episodes, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
@@ -274,6 +279,8 @@ async def _start(
     runner = Runner(served, engine, chat, controller, log)
     keeper = await _keep_runs(runner, run_store, heartbeat, settings, stack)
 
+    _watch_feedback(specs, settings, stack, store=store, log=log, chat=chat)
+
     trainer = None
     if settings.trainer.enabled and served:
         trainer = Supervisor("trainer", parts.trainer, _trainer_environment(settings))
@@ -297,6 +304,7 @@ async def _start(
         agents=served,
         runs=keeper,
         webhooks=webhooks,
+        limits=SourceLimits(settings.feedback.events_per_minute),
         trainer=trainer,
         metrics=counted,
         keys=ApiKeys(store.database),
@@ -376,6 +384,40 @@ async def _keep_runs(
     await keeper.start()
     stack.push_async_callback(keeper.stop)
     return keeper
+
+
+def _watch_feedback(
+    specs: Mapping[str, AgentSpec],
+    settings: Settings,
+    stack: AsyncExitStack,
+    *,
+    store: Store,
+    log: WatchedLog,
+    chat: ChatFormat,
+) -> None:
+    """What judges episodes, and what looks at who judges them."""
+    _run(QuarantineWatch(store, [spec.learning for spec in specs.values()]), stack)
+    _run(JudgeWatch(store, log, _judges(specs, settings), chat.text), stack)
+
+
+def _judges(specs: Mapping[str, AgentSpec], settings: Settings) -> list[Post]:
+    """Every judge with whom it judges; those without an address of their own are asked of us."""
+    own = settings.http.api_key
+    own_key = None if own is None else own.get_secret_value()
+    return [
+        Post(
+            Judge(
+                judge,
+                base_url=judge.base_url or f"{settings.http.url}/v1",
+                api_key=own_key if judge.base_url is None else read_api_key(judge),
+            ),
+            agent.name,
+            agent.policy,
+            agent.tenant,
+        )
+        for agent in specs.values()
+        for judge in agent.judges
+    ]
 
 
 async def _open_agents(

@@ -97,9 +97,9 @@ class CanaryDecider:
             spec,
             (state.live.version, canary.ref.version),
             since=served[0].began_at,
-            with_metrics=bool(asked.guards),
+            with_metrics=bool(spec.reward.guards),
         )
-        return weigh(seen, canary, served, asked)
+        return weigh(seen, canary, served, asked, spec.reward.guards)
 
     def _act(
         self, evidence: Evidence, state: ReleaseState, canary: Canary, following: float

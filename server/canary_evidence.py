@@ -15,7 +15,7 @@ import numpy as np
 from feedback.outcomes import Copies, Outcome
 from feedback.reward import unit
 from feedback.sequential import Outcomes, Verdict, judge
-from feedback.spec import CanarySpec, margin_before
+from feedback.spec import CanarySpec, GuardSpec, margin_before
 from policy.releases import Canary
 from policy.types import AdapterRef
 
@@ -51,11 +51,15 @@ class Evidence:
 
 
 def weigh(
-    seen: Iterable[Outcome], canary: Canary, stages: Sequence[Stage], spec: CanarySpec
+    seen: Iterable[Outcome],
+    canary: Canary,
+    stages: Sequence[Stage],
+    spec: CanarySpec,
+    guards: Mapping[str, GuardSpec],
 ) -> Evidence:
     """The next step of a canary; `seen` are both versions' outcomes as they became known."""
     tried = comparable(seen, canary.ref, stages)
-    verdicts = _verdicts(tried, spec, spec.stage_after(canary.share))
+    verdicts = _verdicts(tried, spec, guards, spec.stage_after(canary.share))
     figures = _figures(tried, canary, verdicts)
     said, error = _said(figures), f"(error {spec.alpha:.1%} at most)"
     worse = [name for name, verdict in verdicts.items() if verdict.worse]
@@ -102,19 +106,21 @@ def comparable(seen: Iterable[Outcome], ref: AdapterRef, stages: Sequence[Stage]
     return list(found.values())
 
 
-def _verdicts(tried: Sequence[Tried], spec: CanarySpec, share: float) -> dict[str, Verdict]:
+def _verdicts(
+    tried: Sequence[Tried], spec: CanarySpec, guards: Mapping[str, GuardSpec], share: float
+) -> dict[str, Verdict]:
     """On the reward and on each guard, before the canary takes `share` of traffic.
 
     Each of them may take the canary back, so they divide the probability of a false rollback.
     """
-    alpha = spec.alpha / (1 + len(spec.guards))
+    alpha = spec.alpha / (1 + len(guards))
 
     def verdict(outcomes: Outcomes, margin: float) -> Verdict:
         needed = margin_before(margin, share)
         return judge(outcomes, target=margin, margin=needed, alpha=alpha)
 
     verdicts = {REWARD: verdict(_arms(tried, [one.outcome.reward for one in tried]), spec.margin)}
-    for name, guard in spec.guards.items():
+    for name, guard in guards.items():
         reported = [one for one in tried if name in one.outcome.metrics]
         values = [unit(guard, one.outcome.metrics[name]) for one in reported]
         verdicts[name] = verdict(_arms(reported, values), guard.margin)

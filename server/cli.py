@@ -173,18 +173,27 @@ def episode(episode_id: str, config: ConfigFlag = None, url: UrlFlag = None) -> 
 
 @app.command()
 def feedback(
-    episode_id: str,
-    value: float,
+    target: str,
+    value: Annotated[float | None, typer.Argument(help="A number; 1 and 0 for yes and no.")] = None,
     *,
-    metric: Annotated[str, typer.Option(help="Which outcome.")] = "success",
+    metric: Annotated[str | None, typer.Option(help="Which outcome; default: success.")] = None,
+    task: Annotated[bool, typer.Option("--task", help="TARGET is a task's key.")] = False,
+    turn: Annotated[int | None, typer.Option(help="Only this turn, from 0.")] = None,
+    correction: Annotated[str | None, typer.Option(help="What should have been said.")] = None,
+    better_than: Annotated[str | None, typer.Option(help="The episode that was worse.")] = None,
+    retract: Annotated[bool, typer.Option("--retract", help="Take back what was said.")] = False,
     comment: Annotated[str | None, typer.Option(help="Kept in the record.")] = None,
     config: ConfigFlag = None,
     url: UrlFlag = None,
 ) -> None:
     """Say how good an episode was, for example `hone feedback ep_... 1`."""
-    said = {"episode_id": episode_id, "value": value, "metric": metric, "source": "cli"}
-    client = _client(config, url)
-    receipt = client.post("/v1/feedback", said | ({"comment": comment} if comment else {}))
+    key = "better" if better_than is not None else "task_key" if task else "episode_id"
+    given = {
+        key: target, "worse": better_than, "value": value, "metric": metric, "turn": turn,
+        "correction": correction, "comment": comment, "source": "cli",
+    }  # fmt: skip
+    said = {name: what for name, what in given.items() if what is not None}
+    receipt = _client(config, url).post("/v1/feedback", said | ({"value": None} if retract else {}))
     parked = "; no such episode yet, it is kept for when there is one" if receipt["parked"] else ""
     _print(f"{receipt['status']} as {receipt['event_id']}{parked}")
 
@@ -259,6 +268,23 @@ def practice(
     practising.practise(
         Client(settings, url), declared, plan, tasks=tasks, rounds=rounds, seed=seed, report=_print
     )
+
+
+@app.command()
+def quarantine(
+    *,
+    release: Annotated[int | None, typer.Option(help="Let this one count again.")] = None,
+    discard: Annotated[int | None, typer.Option(help="Never let this one count.")] = None,
+    reason: Annotated[str, typer.Option(help="Kept in the record.")] = "asked at the terminal",
+    config: ConfigFlag = None,
+    url: UrlFlag = None,
+) -> None:
+    """Sources whose word does not count; release or discard one by its number."""
+    client = _client(config, url)
+    for number, verb in ((release, "release"), (discard, "discard")):
+        if number is not None:
+            client.post(f"/v1/feedback/quarantine/{number}/{verb}", {"reason": reason})
+    _print(views.quarantine_view(client.get("/v1/feedback/quarantine")["data"]))
 
 
 @app.command()

@@ -33,6 +33,8 @@ from feedback.errors import (
     EpisodeMissing,
     EpisodeTaken,
     RecordUnavailable,
+    RulingConflict,
+    RulingMissing,
 )
 from feedback.log import LogClosed
 from policy.chat import ChatFormatError
@@ -139,6 +141,8 @@ _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     EpisodeTaken: (Conflict, "run_taken_over", None),
     CallNotWaiting: (Conflict, "call_not_waiting", "call_id"),
     EpisodeMissing: (NotFound, "episode_not_found", "episode_id"),
+    RulingMissing: (NotFound, "ruling_not_found", "ruling_id"),
+    RulingConflict: (Conflict, "ruling_conflict", "ruling_id"),
     RecordUnavailable: (Unavailable, "record_unavailable", None),
     LogClosed: (Unavailable, "stopping", None),
     ChatFormatError: (BadRequest, "invalid_messages", "messages"),

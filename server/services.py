@@ -29,6 +29,7 @@ from server.routing import Routing
 from server.run_keeper import RunKeeper
 from server.settings import Settings
 from server.shadow import Shadow
+from server.source_limits import SourceLimits
 from server.supervisor import Supervisor
 from server.telemetry.metrics import Metrics
 from server.telemetry.watch import WatchedLog
@@ -57,6 +58,7 @@ class Services:
     agents: Mapping[str, Agent]
     runs: RunKeeper
     webhooks: Mapping[str, WebhookSource]
+    limits: SourceLimits
     trainer: Supervisor | None
     """None when the server runs no trainer."""
     metrics: Metrics | None

@@ -88,6 +88,16 @@ class RunsSettings(BaseModel):
     background: int = Field(64, ge=1, description="Background runs at once; others are queued.")
 
 
+class FeedbackSettings(BaseModel):
+    """How feedback is taken."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events_per_minute: int | None = Field(
+        None, ge=1, description="Most events of one source; more are answered 429. None: no limit."
+    )
+
+
 class Settings(BaseSettings):
     """Everything `hone serve` can be told."""
 
@@ -104,6 +114,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     storage: StorageSettings = StorageSettings()
     http: HttpSettings = HttpSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     runs: RunsSettings = RunsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()

@@ -78,6 +78,19 @@ class Baseline:
         for key in list(self._evidence)[: max(0, len(self._evidence) - self.capacity)]:
             del self._evidence[key]
 
+    def amend(self, task_key: str, before: float | None, after: float | None) -> None:
+        """An outcome that was committed turned out to be another one, or (None) none at all.
+
+        Taken as if it were the latest: how much of it has decayed by now is not kept.
+        """
+        gone, come = _single(before), _single(after)
+        for key in lineage(task_key):
+            if (known := self._evidence.get(key)) is not None:
+                self._evidence[key] = Evidence(
+                    max(0.0, known.successes - gone.successes + come.successes),
+                    max(0.0, known.failures - gone.failures + come.failures),
+                )
+
     def to_json(self) -> BaselineState:
         evidence = {key: [e.successes, e.failures] for key, e in self._evidence.items()}
         return {"decay": self.decay, "shrinkage": self.shrinkage, "evidence": evidence}
@@ -92,3 +105,7 @@ def lineage(task_key: str) -> list[str]:
     """'refund/late/8231' -> '', 'refund', 'refund/late', 'refund/late/8231'."""
     parts = [part for part in task_key.split("/") if part]
     return ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _single(reward: float | None) -> Evidence:
+    return Evidence() if reward is None else Evidence(reward, 1.0 - reward)

@@ -14,7 +14,7 @@ from statistics import fmean as mean
 from typing import Protocol
 
 from feedback.reward import unit
-from feedback.spec import GateSpec
+from feedback.spec import GateSpec, GuardSpec
 from policy.types import AdapterRef
 from trainer.gate import Finding, Trial
 from trainer.stop import Stop, Stopped
@@ -65,7 +65,8 @@ class HeldOut:
             candidate = self._measured(tasks, trial.candidate.ref, trial.spec, seed)
         except (HeldOutFailed, ValueError) as error:
             return Finding(False, str(error))
-        return compare(candidate, incumbent, trial.incumbent, trial.spec)
+        guards = {} if trial.learning is None else trial.learning.reward.guards
+        return compare(candidate, incumbent, trial.incumbent, trial.spec, guards)
 
     def _measured(self, tasks: HeldOutTasks, ref: AdapterRef, spec: GateSpec, seed: int) -> Results:
         """Results by metric; tried again while the server fails to answer, until time is up."""
@@ -123,13 +124,19 @@ def by_metric(told: Sequence[float | Mapping[str, float]]) -> Results:
     return results
 
 
-def compare(candidate: Results, incumbent: Results, ref: AdapterRef, spec: GateSpec) -> Finding:
+def compare(
+    candidate: Results,
+    incumbent: Results,
+    ref: AdapterRef,
+    spec: GateSpec,
+    guards: Mapping[str, GuardSpec],
+) -> Finding:
     """Success, then each guard: none may be worse than the incumbent's by more than its margin."""
     ours, theirs = mean(candidate[SUCCESS]), mean(incumbent[SUCCESS])
     figures = {"heldout": ours, "heldout_incumbent": theirs}
     says = [f"held-out success {ours:.3f} against {theirs:.3f} of {ref}"]
     worse = [f"worse by more than {spec.margin:g}"] if ours < theirs - spec.margin else []
-    for name, guard in spec.guards.items():
+    for name, guard in guards.items():
         if not (candidate.get(name) and incumbent.get(name)):
             says.append(f"the held-out tasks say nothing of guard {name!r}")
             continue

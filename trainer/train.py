@@ -161,6 +161,8 @@ class Trainer:
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
         baseline = self._baseline(live)
+        for late in claim.amendments:
+            baseline.amend(late.task_key, late.before, late.after)
         credits = credit(claim.episodes, chosen(spec.training), baseline)
         figures = _batch_figures(claim, credits)
         logger.info("an update of %s begins", live, extra={"figures": figures})

@@ -17,13 +17,15 @@ import jmespath
 from jmespath.parser import ParsedResult
 
 from feedback.texts import is_storable
-from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN
+from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN, FeedbackKind
 from feedback.webhooks.spec import Computed, MappingSpec
 
 MOST_EVENTS = 1000
 """Of one payload; `/v1/feedback` takes as many in one call."""
 _LONGEST_ID = 128
 _LONGEST_COMMENT = 4000
+_LONGEST_CORRECTION = 100_000
+_LAST_TURN = 100_000
 
 
 class Unmappable(ValueError):
@@ -38,12 +40,17 @@ class Unmappable(ValueError):
 class Statement:
     """One outcome, as a payload says it."""
 
-    episode_id: str
+    episode_id: str | None
     metric: str
     value: float | None
     event_time: float | None
     """Unix seconds; None: the payload is not asked."""
     comment: str | None
+    kind: FeedbackKind = "value"
+    task_key: str | None = None
+    turn: int | None = None
+    correction: str | None = None
+    worse_id: str | None = None
 
 
 def parse(body: bytes) -> Any:
@@ -74,7 +81,11 @@ class PayloadMapping:
             for key, text in {
                 "when": spec.when,
                 "each": spec.each,
-                "episode_id": spec.episode_id,
+                "episode_id": spec.episode_id or spec.better,
+                "task_key": spec.task_key,
+                "worse": spec.worse,
+                "turn": spec.turn,
+                "correction": spec.correction,
                 "metric": metric,
                 "value": spec.value if isinstance(spec.value, str) else None,
                 "event_time": spec.event_time,
@@ -102,13 +113,49 @@ class PayloadMapping:
             raise Unmappable(f"item {index}: {error}", error.param) from error
 
     def _statement(self, seen: Any) -> Statement:
+        kind = self._spec.kind
         return Statement(
-            episode_id=_text(self._found("episode_id", seen), "episode_id"),
-            metric=self._metric(seen),
-            value=self._value(seen),
+            episode_id=self._id(seen, "episode_id"),
+            metric=self._metric(seen) if kind == "value" else kind,
+            value=self._preference(seen) if kind == "preference" else self._value(seen),
             event_time=self._event_time(seen),
             comment=self._comment(seen),
+            kind=kind,
+            task_key=self._id(seen, "task_key"),
+            turn=self._turn(seen),
+            correction=self._correction(seen),
+            worse_id=self._id(seen, "worse"),
         )
+
+    def _id(self, seen: Any, key: str) -> str | None:
+        return _text(self._found(key, seen), key) if key in self._expressions else None
+
+    def _preference(self, seen: Any) -> float | None:
+        """1, or None if the payload takes it back."""
+        return 1.0 if self._spec.value is None or self._value(seen) is not None else None
+
+    def _turn(self, seen: Any) -> int | None:
+        found = self._found("turn", seen) if "turn" in self._expressions else None
+        if found is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= _LAST_TURN:
+            raise Unmappable(
+                f"turn is {_kind(found)}; expected a whole number from 0 to {_LAST_TURN}, or null",
+                "turn",
+            )
+        return found
+
+    def _correction(self, seen: Any) -> str | None:
+        if "correction" not in self._expressions:
+            return None
+        found = self._found("correction", seen)
+        if not isinstance(found, str) or len(found) > _LONGEST_CORRECTION or not is_storable(found):
+            got = f"text of {len(found)} characters" if isinstance(found, str) else _kind(found)
+            raise Unmappable(
+                f"correction is {got}; expected text of at most {_LONGEST_CORRECTION} characters",
+                "correction",
+            )
+        return found
 
     def _metric(self, seen: Any) -> str:
         if isinstance(self._spec.metric, str):
@@ -120,6 +167,8 @@ class PayloadMapping:
 
     def _value(self, seen: Any) -> float | None:
         given = self._spec.value
+        if given is None:
+            return None
         found = self._found("value", seen) if isinstance(given, str) else given
         words = self._spec.values
         if words is not None:
@@ -156,7 +205,7 @@ class PayloadMapping:
 
     def _comment(self, seen: Any) -> str | None:
         found = self._found("comment", seen) if "comment" in self._expressions else None
-        if found is None:
+        if found is None and self._spec.kind != "comment":
             return None
         if not isinstance(found, str) or not is_storable(found):
             raise Unmappable(f"comment is {_kind(found)}; expected text or null", "comment")

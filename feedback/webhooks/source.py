@@ -76,6 +76,11 @@ class WebhookSource:
             received_at=now,
             tenant=self.spec.tenant,
             comment=statement.comment,
+            turn=statement.turn,
+            kind=statement.kind,
+            task_key=statement.task_key,
+            correction=statement.correction,
+            worse_id=statement.worse_id,
         )
 
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from feedback.references import is_reference
 from feedback.spec import Strict
-from feedback.types import LARGEST_VALUE, METRIC_PATTERN
+from feedback.types import LARGEST_VALUE, METRIC_PATTERN, FeedbackKind
 from feedback.webhooks.signatures import PUBLIC_KEY, Scheme
 from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 
@@ -88,9 +88,16 @@ class MappingSpec(Strict):
         description="A list in the payload, each item an event; the expressions below then see "
         "`item` and `payload`.",
     )
-    episode_id: Expression
+    episode_id: Expression | None = None
+    task_key: Expression | None = Field(None, description="A task, in place of an episode.")
+    better: Expression | None = Field(None, description="The episode preferred to `worse`.")
+    worse: Expression | None = None
+    turn: Expression | None = None
     metric: Metric | Computed = "success"
-    value: Expression | bool | Bounded = Field(description="A number or a boolean.")
+    value: Expression | bool | Bounded | None = Field(
+        None, description="A number or a boolean. With `better` and `worse`: null retracts."
+    )
+    correction: Expression | None = Field(None, description="What should have been said.")
     values: Annotated[dict[str, Bounded | bool | None] | None, BeforeValidator(_words)] = Field(
         None, min_length=1, description="What the words that `value` gives are worth."
     )
@@ -99,6 +106,30 @@ class MappingSpec(Strict):
     )
     event_time_unit: Literal["seconds", "milliseconds"] = "seconds"
     comment: Expression | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing_of_one_target(self) -> Self:
+        is_pair = self.better is not None and self.worse is not None
+        if (self.better is None) != (self.worse is None):
+            raise ValueError("better and worse belong together")
+        if sum((self.episode_id is not None, self.task_key is not None, is_pair)) != 1:
+            raise ValueError("expected one of `episode_id`, `task_key`, or `better` and `worse`")
+        if is_pair and (self.correction is not None or self.turn is not None):
+            raise ValueError("a preference between two episodes has no `correction` and no `turn`")
+        if self.value is not None and self.correction is not None:
+            raise ValueError("a payload gives a `value` or a `correction`, not both")
+        if not is_pair and (self.value, self.correction, self.comment) == (None, None, None):
+            raise ValueError("expected a `value`, a `correction` or a `comment`")
+        return self
+
+    @property
+    def kind(self) -> FeedbackKind:
+        """What each event is."""
+        if self.better is not None:
+            return "preference"
+        if self.correction is not None:
+            return "correction"
+        return "comment" if self.value is None else "value"
 
     @model_validator(mode="after")
     def _words_come_from_the_payload(self) -> Self:

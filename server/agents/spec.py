@@ -26,6 +26,7 @@ from feedback.types import ToolCall
 from feedback.webhooks.signatures import HmacKey, read_key
 from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 from server.agents.context import ContextSpec
+from server.judges.spec import JudgeSpec
 from server.tools.sources import ToolSource
 
 NAME_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
@@ -135,6 +136,7 @@ class AgentSpec(Strict):
     sampling: SamplingSpec = SamplingSpec()
     context: ContextSpec = ContextSpec()
     reward: RewardSpec = RewardSpec()
+    judges: tuple[JudgeSpec, ...] = ()
     training: TrainingSpec = TrainingSpec()
     practice: str | None = Field(
         None, description="Import path 'package.module:name' of what `hone practice` attempts."
@@ -160,6 +162,19 @@ class AgentSpec(Strict):
     def _can_count_what_it_limits(self) -> AgentSpec:
         if self.limits.spend is not None and self.price is None:
             raise ValueError("limits.spend has no meaning without `price`; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _is_judged_by_others(self) -> AgentSpec:
+        names = [judge.name for judge in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judges are called {names}; expected a name for each")
+        for judge in self.judges:
+            if judge.is_one_of({self.name, self.policy}) and not judge.may_judge_itself:
+                raise ValueError(
+                    f"judge {judge.name!r} is {judge.model!r}, which it would judge; name another "
+                    "model, or set may_judge_itself"
+                )
         return self
 
     @property
@@ -228,9 +243,9 @@ def _worded(path: Path, error: ValidationError) -> str:
             lines.append(f"{path}: {key}: is missing")
         else:
             # These hold secrets, and so may any mapping around them.
-            hidden = {"headers", "env", "bind", "secret"} & set(one["loc"]) or isinstance(
-                one["input"], Mapping
-            )
+            hidden = {"headers", "env", "bind", "secret", "api_key"} & set(
+                one["loc"]
+            ) or isinstance(one["input"], Mapping)
             got = "" if hidden else f" (got {str(one['input'])[:80]!r})"
             lines.append(f"{path}: {key}: {one['msg']}{got}")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from policy.registry import RegistryError
 from server.agents.run import Agent
 from server.agents.spec import AgentFileError
 from server.app import create_app
+from server.judges.judge import JudgeKeyMissing
 from server.routing import ReservedName
 from server.services import Services
 from server.settings import HttpSettings, Settings
@@ -55,6 +56,7 @@ START_ERRORS = (
     BaseModelError,
     ChatFormatError,
     EngineError,
+    JudgeKeyMissing,
     PolicyOwned,
     RecordUnavailable,
     RegistryError,

@@ -23,6 +23,9 @@ _COLOURS = {
     "rejected": "red",
     "rolled_back": "red",
     "retired": "dim",
+    "quarantined": "yellow",
+    "released": "green",
+    "discarded": "red",
     "training": "green",
     "triggered": "green",
     "down": "red",
@@ -96,6 +99,25 @@ def episodes_view(episodes: Sequence[Json]) -> RenderableType:
     return table
 
 
+def quarantine_view(rulings: Sequence[Json]) -> RenderableType:
+    """Rulings in force, newest first."""
+    if not rulings:
+        return Text("every source counts")
+    table = _table("number", "policy", "source", "metric", "verdict", "when", "by", "reason")
+    for ruling in rulings:
+        table.add_row(
+            str(ruling["id"]),
+            ruling["policy"],
+            escape(ruling["source"]),
+            escape(ruling["metric"]),
+            _state(ruling["verdict"]),
+            _ago(ruling["at"]),
+            escape(ruling["by"]),
+            escape(ruling["reason"]),
+        )
+    return table
+
+
 def episode_view(episode: Json) -> Group:
     """The turns as they were said, the tools' answers, and what it was worth."""
     reward = episode["reward"]
@@ -108,7 +130,7 @@ def episode_view(episode: Json) -> Group:
         f" ({reward['reason']})",
     )
     said = [
-        Text(f"feedback {e['metric']} = {e['value']} by {e['source']} {_ago(e['event_time'])}")
+        Text(f"feedback {_said(e)} by {e['source']} {_ago(e['event_time'])}")
         for e in episode["feedback"]
     ]
     return Group(head, *(_turn_panel(turn) for turn in episode["turns"]), *said)
@@ -139,6 +161,21 @@ def _key_state(key: Json) -> str:
         return "usable"
     left = key["expires_at"] - time.time()
     return f"usable for {left / 86_400:.1f} d" if left > 0 else "[red]expired[/]"
+
+
+def _said(event: Json) -> str:
+    """One feedback event, in a few words."""
+    where = "" if event["turn"] is None else f" of turn {event['turn']}"
+    match event["kind"]:
+        case "preference":
+            verdict = "preference taken back: " if event["value"] is None else ""
+            return f"{verdict}better than {event['worse_id']}"
+        case "correction":
+            return f"correction{where}: {event['correction']}"
+        case "comment":
+            return f"comment{where}: {event['comment']}"
+        case _:
+            return f"{event['metric']}{where} = {event['value']}"
 
 
 def _turn_panel(turn: Json) -> Panel:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from feedback.episodes import EpisodeSummary
-from feedback.reward import reward_of
+from feedback.reward import figures_of, reward_of
 from feedback.types import Episode, FeedbackEvent, Purpose
 from server.access.caller import CallerOf
 from server.errors import Conflict, NotFound
@@ -59,9 +59,9 @@ async def get_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -
     found = await asyncio.to_thread(_read, services, episode_id, caller.tenant)
     if found is None:
         raise _missing(episode_id)
-    episode, events = found
+    episode, events, unheard = found
     spec = services.learning(episode.policy, episode.agent).reward
-    reward = reward_of(spec, events, episode.ended_at, time.time())
+    reward = reward_of(spec, events, figures_of(episode), now=time.time(), unheard=unheard)
     return {
         **episode_json(episode),
         "temperature": episode.temperature,
@@ -99,11 +99,12 @@ def _missing(episode_id: str) -> NotFound:
 
 def _read(
     services: Services, episode_id: str, tenant: str
-) -> tuple[Episode, list[FeedbackEvent]] | None:
+) -> tuple[Episode, list[FeedbackEvent], frozenset[tuple[str, str]]] | None:
     episode = services.store.episode(episode_id, tenant=tenant)
     if episode is None:
         return None
-    return episode, services.store.feedback(episode_id, tenant=tenant)
+    said = services.store.feedback(episode_id, tenant=tenant)
+    return episode, said, services.store.unheard(episode.policy, tenant=tenant)
 
 
 def _summary(summary: EpisodeSummary) -> dict[str, Any]:

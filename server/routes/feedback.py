@@ -1,20 +1,34 @@
-"""`/v1/feedback`: what became of an episode, one statement or many; acknowledged means on disk."""
+"""`/v1/feedback`: what became of an episode, one statement or many; acknowledged means on disk.
+
+A statement has a target (an episode, a turn of it, a task, or two episodes) and says one thing of
+it. What it counts for is `feedback.reward`'s to say.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from feedback.rows import ID_LENGTH
 from feedback.texts import is_storable
-from feedback.types import LARGEST_VALUE, LATEST_TIME, METRIC_PATTERN, FeedbackEvent
+from feedback.types import (
+    LARGEST_VALUE,
+    LATEST_TIME,
+    METRIC_PATTERN,
+    FeedbackEvent,
+    FeedbackKind,
+)
 from feedback.webhooks.source import SOURCE_PREFIX
-from server.access.caller import CallerOf
-from server.errors import Conflict
+from server.access.caller import Caller, CallerOf
+from server.errors import BadRequest, Conflict
+from server.judges.spec import JUDGE_PREFIX
 from server.services import ServicesOf
 from server.wire import receipt_json
 
@@ -30,9 +44,10 @@ def _number(value: object) -> object:
     return value
 
 
-def _not_a_webhooks(source: str) -> str:
-    if source.strip().casefold().startswith(SOURCE_PREFIX):
-        raise ValueError(f"{SOURCE_PREFIX!r} begins the names of verified webhooks; choose another")
+def _not_reserved(source: str) -> str:
+    for prefix, whose in ((SOURCE_PREFIX, "verified webhooks"), (JUDGE_PREFIX, "judges")):
+        if source.strip().casefold().startswith(prefix):
+            raise ValueError(f"{prefix!r} begins the names of {whose}; choose another")
     return source
 
 
@@ -50,35 +65,105 @@ Number = Annotated[
 ]
 
 
+Text = Annotated[str, AfterValidator(_storable)]
+
+
 class FeedbackIn(BaseModel):
-    """One statement about one episode. Send the same `event_id` again to retry safely."""
+    """One statement. Send the same `event_id` again to retry safely.
+
+    About `episode_id`, or a `turn` of it, or the attempt at `task_key`: a `value`, a `correction`,
+    or a `comment` alone. About two episodes: that one is `better` than the other, which is `worse`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    episode_id: Id
-    metric: Annotated[str, Field(pattern=METRIC_PATTERN)] = "success"
-    value: Number | None = Field(description="A number or a boolean; null retracts.")
+    episode_id: Id | None = None
+    task_key: Annotated[Id, Field(max_length=ID_LENGTH)] | None = Field(
+        None, description="The episode of this task that had begun last at `event_time`."
+    )
+    better: Id | None = Field(None, description="The episode that is preferred to `worse`.")
+    worse: Id | None = None
+    metric: Annotated[str, Field(pattern=METRIC_PATTERN)] | None = Field(
+        None, description="Which outcome; success unless it is said."
+    )
+    value: Number | None = Field(None, description="A number or a boolean; null retracts.")
+    correction: Annotated[Text, Field(max_length=100_000)] | None = Field(
+        None,
+        description="What should have been said, in the last turn or in `turn`; null retracts.",
+    )
     event_id: Id | None = Field(None, description="Unique within the source, for ever.")
-    source: Annotated[Id, AfterValidator(_not_a_webhooks)] = "api"
+    source: Annotated[Id, AfterValidator(_not_reserved)] = "api"
     event_time: Annotated[float, BeforeValidator(_number), Field(ge=0, le=LATEST_TIME)] | None = (
         Field(None, description="When it became true, Unix seconds; the latest wins. Default: now.")
     )
     turn: int | None = Field(None, ge=0, le=100_000, strict=True)
-    comment: Annotated[str, AfterValidator(_storable)] | None = Field(None, max_length=4000)
+    comment: Annotated[Text, Field(max_length=4000)] | None = None
 
-    def event(self, tenant: str, now: float) -> FeedbackEvent:
+    def event(self, caller: Caller, now: float) -> FeedbackEvent:
+        """Raises Contradiction."""
+        kind = self._kind()
+        retracts = kind == "preference" and "value" in self.model_fields_set
         return FeedbackEvent(
             event_id=self.event_id or f"fb_{uuid.uuid4().hex}",
             source=self.source,
-            episode_id=self.episode_id,
-            metric=self.metric,
-            value=self.value,
+            episode_id=self.better if kind == "preference" else self.episode_id,
+            metric=(self.metric or "success") if kind == "value" else kind,
+            value=1.0 if kind == "preference" and not retracts else self.value,
             event_time=now if self.event_time is None else self.event_time,
             received_at=now,
-            tenant=tenant,
+            tenant=caller.tenant,
             turn=self.turn,
             comment=self.comment,
+            kind=kind,
+            task_key=self.task_key,
+            correction=self.correction,
+            worse_id=self.worse,
+            key_id=caller.key_id,
         )
+
+    def _kind(self) -> FeedbackKind:
+        """What is said. Raises Contradiction if it is nothing, or two things at once."""
+        said = self.model_fields_set
+        pair = {"better", "worse"} & said
+        targets = [name for name in ("episode_id", "task_key") if getattr(self, name) is not None]
+        if len(targets) + bool(pair) != 1:
+            raise Contradiction(
+                "episode_id", "expected one of episode_id, task_key, or better and worse"
+            )
+        if pair:
+            self._check_pair()
+            return "preference"
+        things = [name for name in ("value", "correction") if name in said]
+        if len(things) > 1:
+            raise Contradiction("correction", "a statement is a value or a correction, not both")
+        kind: FeedbackKind = "comment"
+        if things:
+            kind = "value" if things == ["value"] else "correction"
+        elif self.comment is None:
+            raise Contradiction("value", "expected a value, a correction or a comment")
+        if kind != "value" and self.metric is not None:
+            raise Contradiction("metric", f"a {kind} has no metric; only a value has one")
+        return kind
+
+    def _check_pair(self) -> None:
+        if self.better is None or self.worse is None:
+            missing = "better" if self.better is None else "worse"
+            raise Contradiction(missing, "a preference names two episodes, better and worse")
+        if self.better == self.worse:
+            raise Contradiction("worse", "better and worse are the same episode")
+        for name in ("metric", "correction", "turn"):
+            if getattr(self, name) is not None:
+                raise Contradiction(name, f"a preference has no {name}")
+        if self.value is not None:
+            raise Contradiction("value", "a preference has no value; null retracts it")
+
+
+class Contradiction(ValueError):
+    """A statement whose fields do not go together."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class FeedbackBatchIn(BaseModel):
@@ -108,7 +193,10 @@ async def post_feedback(
         raise RequestValidationError(
             error.errors(include_input=False, include_url=False)
         ) from error
-    receipts = await services.log.add_feedback([item.event(caller.tenant, now) for item in items])
+    said = _events(items, is_batch, caller, now)
+    for source, count in Counter(event.source for event in said).items():
+        services.limits.take(caller.tenant, source, count)
+    receipts = await services.log.add_feedback(said)
     if is_batch:
         return {"object": "list", "data": [receipt_json(receipt) for receipt in receipts]}
     if receipts[0].status == "conflict":
@@ -119,3 +207,16 @@ async def post_feedback(
             param="event_id",
         )
     return receipt_json(receipts[0])
+
+
+def _events(
+    items: Sequence[FeedbackIn], is_batch: bool, caller: Caller, now: float
+) -> list[FeedbackEvent]:
+    said = []
+    for index, item in enumerate(items):
+        try:
+            said.append(item.event(caller, now))
+        except Contradiction as error:
+            place = f"events.{index}.{error.field}" if is_batch else error.field
+            raise BadRequest(f"{place}: {error}", code="invalid_value", param=place) from error
+    return said

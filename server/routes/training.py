@@ -109,5 +109,7 @@ def _counts(readiness: Readiness) -> dict[str, Any]:
         "running": readiness.running,
         "claimed": readiness.claimed,
         "trained": readiness.trained,
+        "held_back": readiness.held_back,
+        "late": readiness.late,
         "dropped": dict(readiness.dropped),
     }

@@ -150,14 +150,15 @@ class Spans:
     def judged(self, event: FeedbackEvent, receipt: Receipt) -> None:
         if receipt.status != "recorded":
             return
-        episode, caller = self._ids.of_episode(event.episode_id), get_current_span()
+        about_id = event.episode_id or event.task_key or ""
+        episode, caller = self._ids.of_episode(about_id), get_current_span()
         # The sampler looks at the lower half: it keeps, or drops, an episode and its feedback.
         own = SpanIds(random.randrange(1, _HALF) * _HALF + episode.trace_id % _HALF, 0)  # noqa: S311 - an id, no secret
         about = {
             names.CONVERSATION: event.episode_id,
             names.EVALUATION_NAME: event.metric,
             names.EVALUATION_SCORE: event.value,
-            names.EVALUATION_LABEL: "retracted" if event.value is None else None,
+            names.EVALUATION_LABEL: _label(event),
             names.FEEDBACK_SOURCE: event.source,
             names.TURN: event.turn,
         }
@@ -167,7 +168,7 @@ class Spans:
             parent=set_span_in_context(caller, NO_PARENT),
             ids=own,
             at=event.received_at,
-            links=[Link(_remote(episode))],
+            links=[Link(_remote(episode))] if event.episode_id is not None else [],
         )
         explained = self.content({names.EVALUATION_EXPLANATION: event.comment or ""})
         result = {name: value for name, value in (about | explained).items() if value is not None}
@@ -282,6 +283,13 @@ def _remote(ids: SpanIds) -> SpanContext:
     return SpanContext(
         ids.trace_id, ids.span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
     )
+
+
+def _label(event: FeedbackEvent) -> str | None:
+    """What a statement is, where its score does not say it."""
+    if event.kind in ("value", "preference"):
+        return "retracted" if event.value is None else None
+    return event.kind
 
 
 def _fail(span: Span, error: str) -> None:

@@ -26,13 +26,14 @@ def episode(
     tenant: str = "default",
     policy: str = "desk",
     started_at: float = 50.0,
+    task_key: str | None = None,
 ) -> Episode:
     """Finished with one trainable turn unless told otherwise; `ended_at=None` leaves it running."""
     return Episode(
         id=id,
         policy=policy,
         version=version,
-        task_key=f"refund/{id}",
+        task_key=task_key or f"refund/{id}",
         started_at=started_at,
         tenant=tenant,
         purpose=purpose,
@@ -57,6 +58,37 @@ def event(
     return FeedbackEvent(
         event_id, source, episode_id, metric, value, at, received_at, tenant=tenant, turn=turn
     )
+
+
+def on_task(
+    event_id: str,
+    task_key: str,
+    value: float | None = 1.0,
+    *,
+    at: float = 10.0,
+    source: str = "api",
+    tenant: str = "default",
+) -> FeedbackEvent:
+    return FeedbackEvent(
+        event_id, source, None, "success", value, at, 11.0, tenant=tenant, task_key=task_key
+    )
+
+
+def preferred(
+    event_id: str, better: str, worse: str, value: float | None = 1.0, *, at: float = 10.0
+) -> FeedbackEvent:
+    return FeedbackEvent(
+        event_id, "api", better, "preference", value, at, 11.0, kind="preference", worse_id=worse
+    )
+
+
+def corrected(
+    event_id: str, text: str | None, *, turn: int | None = None, at: float = 10.0
+) -> FeedbackEvent:
+    return FeedbackEvent(
+        event_id, "api", "e", "correction", None, at, 11.0,
+        kind="correction", correction=text, turn=turn,
+    )  # fmt: skip
 
 
 def judged(

@@ -94,7 +94,7 @@ def test_an_outcome_that_comes_while_its_episode_is_settled_counts(store: Store)
     store.begin(episode("e"))
     during(
         store,
-        lambda connection: readiness.settle(connection, SPEC),
+        lambda connection: readiness.settle(connection, SPEC, 1e9),
         lambda: store.add_feedback([event("x")]),
     )
     assert store.readiness(SPEC, live_version=0).ready == 1

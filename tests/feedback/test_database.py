@@ -57,7 +57,7 @@ def test_migrations_make_exactly_the_tables_of_the_code(store: Store) -> None:
     with store.database.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, SQLModel.metadata) == []
-        assert context.get_current_revision() == "0004"
+        assert context.get_current_revision() == "0005"
 
 
 def test_migrations_go_back_down(empty_url: str) -> None:

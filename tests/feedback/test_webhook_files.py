@@ -100,7 +100,7 @@ def test_a_public_key_may_stand_in_the_file_of_its_scheme_only(tmp_path: Path) -
         ('["${env:TICKETS_SECRET}"]', "[]", "secrets: .*at least 1"),
         ("${env:TICKETS_SECRET}", "${env:TICKETS_UNSET}", "'TICKETS_UNSET' is not set"),
         ("${env:TICKETS_SECRET}", "${file:none}", "secrets.0: file 'none' cannot be read"),
-        ("  episode_id: episode\n", "", "mapping.episode_id: is missing"),
+        ("  episode_id: episode\n", "", "mapping: .*expected one of `episode_id`"),
         ("value: state", "value: 'state['", "mapping.value.*is not JMESPath"),
         ("value: state", "value: lower(state)", "there is no function lower"),
         ("value: state", "value: a[?nope(b)].c | [0]", "there is no function nope"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from feedback.webhooks.mapping import PayloadMapping, Statement, Unmappable, parse
 from feedback.webhooks.spec import MappingSpec
@@ -102,6 +103,65 @@ def test_one_payload_may_say_many_things() -> None:
     for other in others:
         with pytest.raises(Unmappable, match="each is"):
             statements(rules, {"results": other})
+
+
+def test_every_target_and_kind_can_be_mapped() -> None:
+    def said(rules: dict[str, Any], **payload: Any) -> Statement:
+        [statement] = PayloadMapping(MappingSpec.model_validate(rules)).statements(payload)
+        return statement
+
+    task = said({"task_key": "ticket", "value": "ok"}, ticket="refund/1", ok=True)
+    assert (task.episode_id, task.task_key, task.value, task.kind) == (
+        None, "refund/1", 1.0, "value",
+    )  # fmt: skip
+    turn = said({"episode_id": "e", "turn": "n", "correction": "text"}, e="ep_1", n=2, text="Sir,")
+    assert (turn.kind, turn.metric, turn.turn, turn.correction, turn.value) == (
+        "correction", "correction", 2, "Sir,", None,
+    )  # fmt: skip
+    note = said({"episode_id": "e", "comment": "text"}, e="ep_1", text="rude")
+    assert (note.kind, note.comment) == ("comment", "rude")
+    pair: dict[str, Any] = {"better": "a", "worse": "b"}
+    chosen = said(pair, a="ep_1", b="ep_2")
+    assert (chosen.kind, chosen.episode_id, chosen.worse_id, chosen.value) == (
+        "preference", "ep_1", "ep_2", 1.0,
+    )  # fmt: skip
+    words = pair | {"value": "state", "values": {"chosen": 1, "withdrawn": None}}
+    assert said(words, a="ep_1", b="ep_2", state="chosen").value == 1.0
+    assert said(words, a="ep_1", b="ep_2", state="withdrawn").value is None
+
+
+@pytest.mark.parametrize(
+    ("rules", "payload", "words"),
+    [
+        ({"episode_id": "e", "turn": "n", "value": 1}, {"e": "x", "n": 1.5}, "turn is a number"),
+        ({"episode_id": "e", "turn": "n", "value": 1}, {"e": "x", "n": -1}, "turn is a number"),
+        ({"episode_id": "e", "correction": "c"}, {"e": "x"}, "correction is missing"),
+        ({"episode_id": "e", "correction": "c"}, {"e": "x", "c": "y" * 100_001}, "at most 100000"),
+        ({"episode_id": "e", "comment": "c"}, {"e": "x"}, "comment is missing"),
+        ({"better": "a", "worse": "b"}, {"a": "x"}, "worse is missing"),
+    ],
+)
+def test_a_payload_without_what_its_kind_needs_gives_no_event(
+    rules: dict[str, Any], payload: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(Unmappable, match=words):
+        PayloadMapping(MappingSpec.model_validate(rules)).statements(payload)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"value": 1}, "expected one of `episode_id`"),
+        ({"episode_id": "e", "task_key": "t", "value": 1}, "expected one of `episode_id`"),
+        ({"better": "a", "value": 1}, "belong together"),
+        ({"better": "a", "worse": "b", "turn": "n"}, "no `correction` and no `turn`"),
+        ({"episode_id": "e"}, "expected a `value`, a `correction` or a `comment`"),
+        ({"episode_id": "e", "value": 1, "correction": "c"}, "not both"),
+    ],
+)
+def test_a_mapping_that_contradicts_itself_is_refused(rules: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        MappingSpec.model_validate(rules)
 
 
 @pytest.mark.parametrize("found", [None, False, "", [], {}])

@@ -203,7 +203,7 @@ def test_outcomes_are_weighed_by_the_share_at_their_start() -> None:
 
 
 def test_a_guard_takes_a_canary_back_that_the_reward_would_pass() -> None:
-    spec = SPEC.model_copy(update={"guards": {"seconds": GuardSpec(low=10, high=0, margin=0.3)}})
+    guards = {"seconds": GuardSpec(low=10, high=0, margin=0.3)}
     canary, stages = Canary(TRIED, 0.25), [Stage(0.25, 0.0)]
 
     def seen(slow: float, *, told: int = 200) -> list[Outcome]:
@@ -214,11 +214,11 @@ def test_a_guard_takes_a_canary_back_that_the_reward_would_pass() -> None:
             if (takes := canary.takes(str(n))) is not None
         ]  # fmt: skip
 
-    assert weigh(seen(1.0), canary, stages, spec).step == "forward"
-    slow = weigh(seen(9.0), canary, stages, spec)
+    assert weigh(seen(1.0), canary, stages, SPEC, guards).step == "forward"
+    slow = weigh(seen(9.0), canary, stages, SPEC, guards)
     assert (slow.step, "worse in seconds (error" in slow.why) == ("back", True)
     assert slow.figures["seconds_worse_evidence"] > 1 > slow.figures["reward_worse_evidence"]
-    silent = weigh(seen(9.0, told=0), canary, stages, spec)
+    silent = weigh(seen(9.0, told=0), canary, stages, SPEC, guards)
     assert (silent.step, "undecided in seconds" in silent.why) == ("hold", True)
 
 

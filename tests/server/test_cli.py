@@ -32,6 +32,13 @@ def test_an_operators_walk(house: House) -> None:
 
     assert "recorded" in hone(house, "feedback", "run-1", "0.5", "--comment", "half right")
     assert "it is kept" in hone(house, "feedback", "run-9", "1")
+    assert "recorded" in hone(house, "feedback", "run-1", "--correction", "Sir,", "--turn", "0")
+    assert "recorded" in hone(house, "feedback", "run-1", "--better-than", "run-9")
+    assert "recorded" in hone(house, "feedback", "run-1", "--better-than", "run-9", "--retract")
+    assert "it is kept" in hone(house, "feedback", "refund/1", "1", "--task")
+    shown = hone(house, "episode", "run-1")
+    for words in ("correction of turn 0: Sir,", "better than run-9", "taken back"):
+        assert words in shown
     status = hone(house, "status")
     assert "1 of 4 episodes are ready" in status
     assert "desk@v2" in status

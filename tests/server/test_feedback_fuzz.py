@@ -19,7 +19,8 @@ ODD: st.SearchStrategy[Any] = (
     | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.none())
 )  # fmt: skip
 FIELDS = st.sampled_from(
-    ["episode_id", "value", "metric", "event_id", "source", "event_time", "turn", "comment",
+    ["task_key", "better", "worse", "correction", "episode_id", "value",
+     "metric", "event_id", "source", "event_time", "turn", "comment",
      "events", "\ud800", "\x00", "x" * 200]
 )  # fmt: skip
 GOOD = {"episode_id": "ep_fuzz", "value": 1}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.server.house import House
 
 
@@ -50,6 +52,62 @@ def test_an_event_counts_once_and_never_changes(house: House) -> None:
     batch = {"events": [{**said, "value": 0}, {**said, "event_id": "order-2"}]}
     statuses = [r["status"] for r in house.http.post("/v1/feedback", json=batch).json()["data"]]
     assert statuses == ["conflict", "recorded"], "one conflict does not lose the others"
+
+
+def test_a_task_a_turn_a_correction_and_a_preference(house: House) -> None:
+    first, second = (run(house, task_key="refund/1")["id"] for _ in range(2))
+    said: list[dict[str, Any]] = [
+        {"task_key": "refund/1", "value": True},
+        {"episode_id": second, "turn": 0, "value": 0, "metric": "helpful"},
+        {"episode_id": second, "turn": 0, "correction": "Dear Sir,"},
+        {"episode_id": second, "comment": "rather rude"},
+        {"better": second, "worse": first, "comment": "quicker"},
+        {"better": second, "worse": "ep_gone"},
+    ]
+    receipts = house.http.post("/v1/feedback", json={"events": said}).json()["data"]
+    assert [r["parked"] for r in receipts] == [False] * 5 + [True]
+    shown = house.episode(second)
+    assert shown["reward"]["value"] == 1.0
+    assert [(e["kind"], e["metric"], e["turn"]) for e in shown["feedback"]] == [
+        ("value", "success", None),
+        ("value", "helpful", 0),
+        ("correction", "correction", 0),
+        ("comment", "comment", None),
+        ("preference", "preference", None),
+        ("preference", "preference", None),
+    ]
+    assert house.episode(first)["feedback"] == [], "the task was attempted again since"
+    taken_back = {"better": second, "worse": first, "value": None}
+    assert house.http.post("/v1/feedback", json=taken_back).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("said", "param", "words"),
+    [
+        ({"value": 1}, "episode_id", "expected one of episode_id, task_key, or better and worse"),
+        ({"episode_id": "e", "task_key": "t", "value": 1}, "episode_id", "expected one of"),
+        ({"episode_id": "e", "better": "e", "worse": "f"}, "episode_id", "expected one of"),
+        ({"better": "e"}, "worse", "names two episodes"),
+        ({"better": "e", "worse": "e"}, "worse", "the same episode"),
+        ({"better": "e", "worse": "f", "value": 1}, "value", "null retracts it"),
+        ({"better": "e", "worse": "f", "turn": 1}, "turn", "has no turn"),
+        ({"episode_id": "e"}, "value", "expected a value, a correction or a comment"),
+        ({"episode_id": "e", "value": 1, "correction": "x"}, "correction", "not both"),
+        ({"episode_id": "e", "comment": "x", "metric": "m"}, "metric", "a comment has no metric"),
+        ({"task_key": "t" * 201, "value": 1}, "task_key", "at most"),
+    ],
+)
+def test_a_statement_that_contradicts_itself_names_the_field(
+    shared_house: House, said: dict[str, Any], param: str, words: str
+) -> None:
+    for body, place in (
+        (said, param),
+        ({"events": [{"episode_id": "ep_ok", "value": 1}, said]}, f"events.1.{param}"),
+    ):
+        answer = shared_house.http.post("/v1/feedback", json=body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", place)
+        assert words in error["message"]
 
 
 def test_training_says_why_not_yet_and_counts(house: House) -> None:

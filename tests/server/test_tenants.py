@@ -15,6 +15,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
+from feedback.rulings import Ruling
 from server.access.scopes import NEEDS, OPEN
 from server.app import create_app
 from server.commands.serve import START_ERRORS
@@ -343,6 +344,27 @@ def metrics(street: Street) -> None:
     refused(street.bolt.http.get("/metrics"), "operator_only")
 
 
+def acmes_ruling(street: Street) -> Ruling:
+    store = street.house.services.store
+    known = store.rulings(tenant="acme")
+    made = Ruling("acme", "acme-desk", "forger", "success", "quarantined", "test", "odd", 1.0)
+    return known[0] if known else store.rule(made, after=0)
+
+
+def rulings(street: Street) -> None:
+    made = acmes_ruling(street)
+    seen = street.acme.http.get("/v1/feedback/quarantine").json()["data"]
+    assert [ruling["id"] for ruling in seen] == [made.id]
+    assert street.bolt.http.get("/v1/feedback/quarantine").json()["data"] == []
+
+
+def decides(street: Street, verb: str) -> None:
+    made = acmes_ruling(street)
+    answer = street.bolt.http.post(f"/v1/feedback/quarantine/{made.id}/{verb}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "ruling_not_found")
+    assert street.house.services.store.rulings(tenant="acme") == [made]
+
+
 TRIED: dict[str, Callable[[Street], None]] = {
     "GET /v1/models": models,
     "GET /v1/models/{model}": model,
@@ -366,6 +388,9 @@ TRIED: dict[str, Callable[[Street], None]] = {
     "GET /v1/episodes/{episode_id}": episode,
     "POST /v1/episodes/{episode_id}/end": end,
     "POST /v1/feedback": feedback,
+    "GET /v1/feedback/quarantine": rulings,
+    "POST /v1/feedback/quarantine/{ruling_id}/release": lambda street: decides(street, "release"),
+    "POST /v1/feedback/quarantine/{ruling_id}/discard": lambda street: decides(street, "discard"),
     "POST /v1/webhooks/{source}": webhook,
     "GET /v1/policies": policies,
     "GET /v1/policies/{policy}": policy,

@@ -90,3 +90,20 @@ def test_longest_unseen_keys_are_forgotten_first() -> None:
     tracked.commit([("a", 1.0)])
     tracked.commit([("c", 1.0)])
     assert set(tracked.to_json()["evidence"]) == {"", "a", "c"}
+
+
+def test_an_outcome_that_turned_out_otherwise_is_taken_back() -> None:
+    amended, told_at_once = Baseline(decay=0.9), Baseline(decay=0.9)
+    amended.commit([("refund/1", 1.0), ("refund/2", 1.0)])
+    told_at_once.commit([("refund/1", 0.25), ("refund/2", 1.0)])
+    amended.amend("refund/1", 1.0, 0.25)
+    for key in ("refund/1", "refund/2", "refund", "other"):
+        assert amended.value(key) == pytest.approx(told_at_once.value(key))
+    amended.amend("refund/1", 0.25, None)
+    assert amended.value("refund/1") == amended.value("refund/unknown")
+
+
+def test_an_amendment_of_what_was_never_committed_changes_nothing() -> None:
+    baseline = Baseline()
+    baseline.amend("refund/1", 1.0, 0.0)
+    assert baseline.value("refund/1") == 0.5

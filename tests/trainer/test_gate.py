@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import trainer.gate
-from feedback.spec import GateSpec, GuardSpec
+from feedback.spec import GateSpec, GuardSpec, LearningSpec, RewardSpec
 from feedback.store import Store
 from policy.releases import Releases
 from policy.types import Adapter, AdapterRef
@@ -46,12 +46,14 @@ def trial(tmp_path: Path) -> Callable[..., Trial]:
     def make(
         candidate: Path | None = None,
         incumbent: Path | None = None,
+        *,
         spec: GateSpec | None = None,
         ref: AdapterRef = CANDIDATE,
         live: AdapterRef = LIVE,
+        learning: LearningSpec | None = None,
     ) -> Trial:
         adapter = Adapter(ref, candidate or tmp_path, "sha256:0", "sha256:1", 2, parent=live)
-        return Trial(adapter, live, incumbent, spec or GateSpec())
+        return Trial(adapter, live, incumbent, spec or GateSpec(), learning)
 
     return make
 
@@ -198,7 +200,7 @@ def test_a_guard_that_held_out_tasks_report_may_not_fall(
     exam: Exam, trial: Callable[..., Trial]
 ) -> None:
     guards = {"seconds": GuardSpec(low=10, high=0, margin=0.1), "polite": GuardSpec()}
-    spec = SPEC.model_copy(update={"guards": guards})
+    line = LearningSpec(policy="line", reward=RewardSpec(guards=guards))
     told: dict[str, list[Any]] = {
         "line@v1": [{"success": 1, "seconds": 2.0}, {"success": 0, "seconds": 4.0}],
         "line@v2": [{"success": 1, "seconds": 3.0}, {"success": 1}],
@@ -206,12 +208,12 @@ def test_a_guard_that_held_out_tasks_report_may_not_fall(
     }
     exam.results = told
     check = HeldOut("", Stop(), seconds=5, seed=0)
-    finding = check.judge(trial(spec=spec))
+    finding = check.judge(trial(spec=SPEC, learning=line))
     assert finding.passed
     assert finding.figures["heldout_seconds"] == pytest.approx(0.7)
     assert finding.figures["heldout_seconds_incumbent"] == pytest.approx(0.7)
     assert "say nothing of guard 'polite'" in finding.reason
-    finding = check.judge(trial(spec=spec, ref=AdapterRef("line", 3)))
+    finding = check.judge(trial(spec=SPEC, learning=line, ref=AdapterRef("line", 3)))
     assert not finding.passed
     assert "guard 'seconds' fell from 0.700 to 0.500" in finding.reason
 

@@ -1,0 +1,1 @@
+"""Language models as one more source of feedback, asked after episodes end."""
