@@ -37,6 +37,9 @@ def remote_app(engine: VllmEngine, base_name: str) -> FastAPI:
     app.state.engine_client = engine.client
     app.state.args = Namespace(log_error_stack=False)
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    # What the LoRA router imports sets the root logger's level, by default to ERROR: the logs of
+    # every later test in this process would be gone.
+    os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", "WARNING")
     lora_router.attach_router(app)
     app.include_router(health.router)
     return app
