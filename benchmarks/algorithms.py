@@ -67,6 +67,8 @@ def main() -> None:
         for variant in options.only:
             spec = spec_with(VARIANTS[variant])
             for group_size in options.groups:
+                if group_size == 1 and variant == "dpo":
+                    continue  # rewards make no pairs of singles
                 curves = [
                     curve(actor, spec, group_size=group_size, seed=seed, at=at)
                     for seed in range(options.seeds)

@@ -2,8 +2,8 @@
 
 The base model imitates a demonstrator with perfect form (an action, then the end after the tool's
 answer) that picks the right action of 4, which depends on the context, in 40% of all cases. Which
-one it is must come from outcomes. Used by `tests/trainer/test_learns.py` and by
-`benchmarks.algorithms`.
+one it is must come from outcomes. Used by `tests/trainer/test_learns.py`, `benchmarks.algorithms`,
+`benchmarks.noise` and `benchmarks.trl_learning`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from feedback.spec import TrainingSpec
 from feedback.types import Episode, Turn
 from trainer.algorithms.choice import chosen
 from trainer.baseline import Baseline
-from trainer.batch import sample_of
 from trainer.grouping import Credits, credit
-from trainer.learner import new_optimizer, update
+from trainer.learner import new_critic, new_optimizer, update
 from trainer.model import LoraModel
+from trainer.samples import samples_of
 
 CONTEXTS = range(2, 8)
 ASK, ANSWER, END = 10, 11, 1
@@ -120,8 +120,18 @@ def rollout(
 class Learner:
     """A fresh adapter on the actor, and its way through versions."""
 
-    def __init__(self, actor: Path, spec: TrainingSpec, *, group_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        actor: Path,
+        spec: TrainingSpec,
+        *,
+        group_size: int,
+        seed: int,
+        arrive: Callable[[list[Item]], list[Item]] = list,
+    ) -> None:
+        """`arrive`: from each version's episodes to those whose outcomes are told by then."""
         self._spec = spec
+        self._arrive = arrive
         self._group_size = group_size
         self._model = LoraModel(actor)
         self._model.attach(rank=spec.rank, alpha=spec.alpha, seed=0, start=None)
@@ -134,23 +144,23 @@ class Learner:
         items = rollout(self._model, exam, 0, self._generator)
         return sum(item.reward for item in items) / len(items)
 
-    def versions(
-        self, count: int, heard: Callable[[list[Item]], Sequence[Item]] = list
-    ) -> Iterator[Version]:
-        """`count` rounds from sampling to a trained adapter, one after the other. `heard` is what
-        came of a batch as the trainer is told."""
+    def versions(self, count: int) -> Iterator[Version]:
+        """`count` rounds from sampling to a trained adapter, one after the other."""
         algorithm, baseline = chosen(self._spec), Baseline()
         optimizer = new_optimizer(self._model, self._spec.learning_rate, None)
+        critic = new_critic(algorithm, self._model, seed=0)
         for version in range(count):
             tasks = [
                 f"{self._rng.choice(CONTEXTS)}/{version}-{n}"
                 for n in range(EPISODES // self._group_size)
             ]
-            items = heard(rollout(self._model, tasks * self._group_size, version, self._generator))
+            items = self._arrive(
+                rollout(self._model, tasks * self._group_size, version, self._generator)
+            )
             credits = credit(items, algorithm, baseline)
-            samples = [sample_of(credited, live_version=version) for credited in credits.credited]
+            samples = samples_of(credits.credited, algorithm.needs, live_version=version)
             figures = update(
-                self._model, optimizer, samples, self._spec, algorithm,
+                self._model, optimizer, samples, self._spec, algorithm, critic=critic,
                 seed=version, token_budget=512, on_progress=_ignore,
             )  # fmt: skip
             baseline.commit((item.episode.task_key, item.reward) for item in items)

@@ -94,8 +94,8 @@ class House:
 
 def learned(actor: Path, house: House, *, versions: int, seed: int) -> float:
     """Success on tasks that were not trained on, after so many versions."""
-    learner = Learner(actor, spec_with({}), group_size=1, seed=seed)
-    for _ in learner.versions(versions, house.heard):
+    learner = Learner(actor, spec_with({}), group_size=1, seed=seed, arrive=house.heard)
+    for _ in learner.versions(versions):
         pass
     return learner.success()
 

@@ -40,7 +40,8 @@ class NaiveModel(LoraModel):
         detached = every.detach()
         entropy = -(detached.exp() * detached).sum(-1)
         at = (batch.row, batch.context)
-        return TokenLogprobs(every[(*at, batch.targets)], entropy[at])
+        no_critic = torch.empty(0)  # only a value head reads hidden states
+        return TokenLogprobs(every[(*at, batch.targets)], entropy[at], no_critic)
 
 
 def build_base(folder: Path) -> None:

@@ -28,8 +28,8 @@ from feedback.readiness import (
     triggered,
     worth,
 )
-from feedback.rows import ITEM, LINE, RUN
-from feedback.shares import RestsOn, within_share
+from feedback.rows import EPISODE, ITEM, LINE, RUN
+from feedback.shares import RestsOn, whole_groups, within_share
 from feedback.spec import LearningSpec
 from feedback.training import Amendment, Claim, TrainingRun
 from feedback.types import Episode, FeedbackEvent
@@ -249,7 +249,7 @@ def _freshest(
     now: float,
 ) -> Sequence[str]:
     """The batch's ids, locked, those nearest to the live version first; of no source and no API key
-    more than its share.
+    more than its share, and otherwise no group in two.
 
     Oldest first would, under more traffic than is trained on, train on the stalest for ever. One
     whose reward is changing at this moment is no longer ready: it is passed over.
@@ -257,18 +257,32 @@ def _freshest(
     most, share = spec.training.max_episodes, spec.reward.trust.max_source_share
     order = (func.abs(ITEM.c.version - live_version), ITEM.c.ended_at.desc(), ITEM.c.episode_id)
     usable = is_usable(spec, near, now)
-    freshest = select(ITEM.c.episode_id, ITEM.c.source, ITEM.c.key_id).order_by(*order)
+    freshest = (
+        select(
+            ITEM.c.episode_id, ITEM.c.version, ITEM.c.source, ITEM.c.key_id,
+            EPISODE.c.tenant, EPISODE.c.task_key,
+        )
+        .join(EPISODE, EPISODE.c.id == ITEM.c.episode_id)
+        .order_by(*order)
+    )  # fmt: skip
     if share == 1:
-        freshest = freshest.where(usable).limit(most)
+        freshest = freshest.where(usable).limit(2 * most)  # to find the rest of a group in
     else:
         # However many episodes one source floods us with, those of others are looked at too.
         place = func.row_number().over(partition_by=(ITEM.c.source, ITEM.c.key_id), order_by=order)
         ranked = select(ITEM.c.episode_id, place.label("place")).where(usable).subquery()
         among = select(ranked.c.episode_id).where(ranked.c.place <= most)
         freshest = freshest.where(ITEM.c.episode_id.in_(among), ITEM.c.state == "ready")
-    rows = connection.execute(freshest.with_for_update(of=ITEM, skip_locked=True)).all()
-    rests: list[RestsOn] = [(row.source, row.key_id) for row in rows]
-    return [rows[index].episode_id for index in within_share(rests, share, most)]
+    groups: dict[tuple[str, str, int], list[Any]] = {}
+    for row in connection.execute(freshest.with_for_update(of=ITEM, skip_locked=True)):
+        groups.setdefault((row.tenant, row.task_key, row.version), []).append(row)
+    if share == 1:
+        chosen = whole_groups(list(groups.values()), most)
+    else:
+        rows = [row for group in groups.values() for row in group]
+        rests: list[RestsOn] = [(row.source, row.key_id) for row in rows]
+        chosen = [rows[index] for index in within_share(rests, share, most)]
+    return [row.episode_id for row in chosen]
 
 
 def _rewards(connection: Connection, run_id: int) -> dict[str, float]:

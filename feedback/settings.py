@@ -70,7 +70,7 @@ class TrainerSection(BaseModel):
     )
     checkpoints: Path = Field(Path("var/checkpoints"), description="Folder of training state.")
     microbatch_tokens: int = Field(
-        4096, ge=1, description="Padded tokens that go through the model at once."
+        4096, ge=1, description="Tokens that go through the model at once."
     )
     owner: str = Field(
         "trainer", description="Name on claims: a restart under the same name takes them over."

@@ -1,4 +1,5 @@
-"""How much of a batch may rest on one source's word, or on one API key's. Pure.
+"""Which of the episodes that are ready make a batch: groups whole, or no more than a share that
+rests on one source's word or one API key's. Pure.
 
 A forger who floods the record is then at most a known part of any batch. Whoever is held back waits
 for a batch in which others speak too.
@@ -9,9 +10,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 RestsOn = tuple[str | None, str | None]
 """An episode's only source and only API key; None: it rests on several, or on none."""
+
+
+def whole_groups(groups: Sequence[list[Item]], most: int) -> list[Item]:
+    """Groups in their order, as long as they fit as a whole; smaller ones fill up what is left.
+
+    Only a group that no claim can hold is cut: it would wait for ever.
+    """
+    taken: list[Item] = []
+    for group in groups:
+        if len(taken) + len(group) <= most:
+            taken.extend(group)
+        elif len(group) > most:
+            taken.extend(group[: most - len(taken)])
+    return taken
 
 
 def within_share(episodes: Sequence[RestsOn], share: float, most: int) -> list[int]:

@@ -218,9 +218,21 @@ def margin_before(margin: float, share: float) -> float:
     return min(1.0, margin / share)
 
 
+class MissingSpec(Strict):
+    """How outcomes that never arrive are made up for, by those that do."""
+
+    after_seconds: float = Field(
+        86_400.0, ge=0, description="An outcome that took longer than this is missing."
+    )
+    max_weight: float = Field(
+        4.0, ge=1, description="Most episodes that one stands for, before the mean is taken out."
+    )
+
+
 AlgorithmName = Literal[
-    "loop", "rloo", "grpo", "dr_grpo", "reinforce_pp", "spo", "cispo", "positive"
-]
+    "loop", "rloo", "grpo", "dr_grpo", "reinforce_pp", "spo", "cispo", "positive",
+    "ppo", "kto", "dpo", "sft", "auto",
+]  # fmt: skip
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "loop": {"clip_low": 0.1, "clip_high": 0.1, "ratio_cap": 2.0, "ratio": "token"},
@@ -231,8 +243,21 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "spo": {"clip_low": 0.2, "clip_high": 0.28, "ratio_cap": 2.0},
     "cispo": {"ratio_cap": 5.0},
     "positive": {},
-}
-"""The options that each algorithm reads, and its defaults: its paper's, where that has them."""
+    "ppo": {
+        "clip_low": 0.2, "clip_high": 0.2, "ratio_cap": 2.0,
+        "gamma": 1.0, "gae_lambda": 0.95, "value_clip": 0.2,
+        "value_learning_rate": 1e-3, "value_steps": 32,
+    },
+    "kto": {
+        "beta": 0.1, "reference": "start", "desirable_weight": 1.0, "undesirable_weight": 1.0,
+    },
+    "dpo": {"beta": 0.1, "reference": "start"},
+    "sft": {"min_reward": 0.5, "error_weight": 0.0},
+}  # fmt: skip
+"""The options that each algorithm reads, and its defaults: its paper's, where that has them.
+
+`auto` is none of them: whichever it turns out to be has its own defaults.
+"""
 
 
 class TrainingSpec(Strict):
@@ -267,6 +292,51 @@ class TrainingSpec(Strict):
     episode_tokens: int = Field(
         256, ge=1, description="Dr. GRPO's constant in place of an episode's sampled tokens."
     )
+    gamma: float = Field(1.0, gt=0, le=1, description="PPO's discount of a turn.")
+    gae_lambda: float = Field(
+        0.95, ge=0, le=1, description="PPO: 0 trusts the value head, 1 the outcome."
+    )
+    value_clip: float = Field(0.2, gt=0, description="PPO: farthest that one update moves a value.")
+    value_learning_rate: float = Field(1e-3, gt=0, description="Of PPO's value head.")
+    value_steps: int = Field(
+        32, ge=1, description="PPO: the value head's optimizer steps an update."
+    )
+    beta: float = Field(
+        0.1, gt=0, description="DPO and KTO: how dear it is to leave the reference policy."
+    )
+    reference: Literal["start", "base"] = Field(
+        "start", description="DPO and KTO: the version that an update starts from, or the base."
+    )
+    desirable_weight: float = Field(1.0, gt=0, description="KTO: what a good episode weighs.")
+    undesirable_weight: float = Field(1.0, gt=0, description="KTO: what a bad episode weighs.")
+    min_reward: float = Field(
+        0.5, gt=0, le=1, description="SFT: the reward that makes an episode a demonstration."
+    )
+    error_weight: float = Field(
+        0.0, ge=0, le=1, description="SFT: what the tokens of turns that were errors weigh."
+    )
+    curriculum: bool = Field(
+        False, description="Weigh tasks by p (1 - p), p being how often they are expected to end "
+        "well: neither the solved nor the hopeless first.",
+    )  # fmt: skip
+    missing: MissingSpec | None = Field(
+        None, description="Weigh episodes by how seldom the like of them get an outcome."
+    )
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of an update's samples that are successes of earlier "
+        "batches, imitated once more against forgetting.",
+    )  # fmt: skip
+    mask_off_policy: float | None = Field(
+        None,
+        ge=0,
+        description="Leave out the blame of episodes whose tokens are this many nats less likely "
+        "now than when sampled, in the mean; None: of none.",
+    )
+    max_engine_gap: float = Field(
+        0.5,
+        gt=0,
+        description="Refuse an update if engine and trainer differ by more, nats a token.",
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     kl_stop: float = Field(
         20.0, gt=0, description="Stop an update when a trajectory's KL passes it."
@@ -284,23 +354,34 @@ class TrainingSpec(Strict):
     def _takes_the_algorithms_options(cls, given: Any) -> Any:
         """Fill in its defaults; refuse what it would ignore."""
         name = given.get("algorithm", "loop") if isinstance(given, Mapping) else None
-        if not isinstance(name, str) or name not in OPTIONS:
+        if not isinstance(name, str) or name not in (*OPTIONS, "auto"):
             return given  # the field's own check says what is wrong
+        own = OPTIONS.get(name, {})
         known = {option for options in OPTIONS.values() for option in options}
-        ignored = sorted((known - OPTIONS[name].keys()) & given.keys())
+        ignored = sorted((known - own.keys()) & given.keys())
         if ignored:
             raise ValueError(
                 f"algorithm {name!r} does not read {', '.join(ignored)}; remove it, or choose an "
-                f"algorithm that does; {name!r} reads {', '.join(OPTIONS[name]) or 'none of these'}"
+                f"algorithm that does; {name!r} reads {', '.join(own) or 'none of these'}"
             )
-        return {**OPTIONS[name], **given}
+        return {**own, **given}
 
     @model_validator(mode="after")
     def _caps_above_the_clip(self) -> Self:
-        if "clip_high" in OPTIONS[self.algorithm] and self.ratio_cap <= 1 + self.clip_high:
+        if "clip_high" in OPTIONS.get(self.algorithm, {}) and self.ratio_cap <= 1 + self.clip_high:
             raise ValueError(
                 f"ratio_cap is {self.ratio_cap:g}; expected more than 1 + clip_high, which is "
                 f"{1 + self.clip_high:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_where_there_is_blame(self) -> Self:
+        blames = "ratio_cap" in OPTIONS.get(self.algorithm, {"ratio_cap": None})
+        if self.mask_off_policy is not None and not blames:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} does not read mask_off_policy: it takes no ratio; "
+                "remove it, or choose an algorithm that does"
             )
         return self
 

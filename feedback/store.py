@@ -1,8 +1,8 @@
 """The durable record, as one object: each method is one committed transaction.
 
-A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.readiness`,
-`feedback.claims` and `feedback.rulings`, which hold the SQL. Calls block on the disk: in asyncio
-use `feedback.log`, or a thread.
+A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.arrivals`,
+`feedback.readiness`, `feedback.claims`, `feedback.replay` and `feedback.rulings`, which hold the
+SQL. Calls block on the disk: in asyncio use `feedback.log`, or a thread.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlmodel import Session
 
-from feedback import claims, episodes, events, outcomes, rulings, run_record, suspicion
+from feedback import (
+    arrivals,
+    claims,
+    episodes,
+    events,
+    outcomes,
+    replay,
+    rulings,
+    run_record,
+    suspicion,
+)
 from feedback import readiness as ready
+from feedback.arrivals import Arrival
 from feedback.database import open_database, writing
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
@@ -201,6 +212,21 @@ class Store:
 
     # Training
 
+    def arrivals(
+        self, spec: LearningSpec, *, live_version: int, now: float | None = None
+    ) -> list[Arrival]:
+        """Whose outcome came and whose did not, of the newest episodes that are trained on."""
+        missing = spec.training.missing
+        if missing is None:
+            return []
+        self._settle(spec, _or_now(now))
+        near = ready.near_versions(spec.training, live_version, None)
+        with self.database.connect() as connection:
+            return arrivals.seen(
+                connection, spec.policy, near,
+                ended_before=_or_now(now) - missing.after_seconds,
+            )  # fmt: skip
+
     def readiness(
         self,
         spec: LearningSpec,
@@ -259,6 +285,14 @@ class Store:
             corrections,
             preferences,
         )
+
+    def older_successes(self, claim: Claim, count: int) -> list[RewardedEpisode]:
+        """Of batches before this one, drawn by it; they stay consumed and are no part of it."""
+        if count < 1:
+            return []
+        with self.database.connect() as connection:
+            rewards = replay.older_successes(connection, claim.policy, count=count, seed=claim.id)
+            return _rewarded(connection, rewards)
 
     def renew(self, claim: Claim, *, lease_seconds: float, now: float | None = None) -> None:
         """Keep the lease; raises LeaseLost."""

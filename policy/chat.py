@@ -98,6 +98,10 @@ class ChatFormat:
         closing = [] if completion_ids and completion_ids[-1] == end else [end]
         return [*prompt_ids, *completion_ids, *closing, *self._encode(tail)]
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of an answer that somebody wrote: it may call tools, but spells no control token."""
+        return self._encode(self._literal(text, self._control))
+
     def text(self, completion_ids: Sequence[int]) -> str:
         """The text of a completion, markup included, without the token that ended it."""
         text: str = self._backend.decode(list(completion_ids), skip_special_tokens=False)

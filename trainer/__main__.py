@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from feedback.spec import LearningSpec
 from feedback.store import Store
 from feedback.wakeup import open_wakeup
 from policy.base_model import resolve_base_model
+from policy.chat import load_chat_format
 from policy.registry import Registry
 from policy.releases import Releases
 from trainer.checkpoint import Checkpoints
@@ -22,6 +25,7 @@ from trainer.gate import Gate, Parity
 from trainer.gate_episodes import OnEpisodes
 from trainer.gate_heldout import HeldOut
 from trainer.gate_weights import BoundedNorm, FiniteWeights, Moved
+from trainer.job import Encode
 from trainer.model import LoraModel
 from trainer.progress import log_to_stderr, logger
 from trainer.settings import TrainerSettings, load_specs
@@ -63,7 +67,14 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
         settings=section,
         stop=stop,
         wakeup=wakeup,
+        encode=_encoder(base.path),
     )
+
+
+def _encoder(base: Path) -> Encode:
+    """Loads the tokenizer when somebody first corrects an answer."""
+    load = cache(load_chat_format)
+    return lambda text: load(base).answer_ids(text)
 
 
 def main() -> None:

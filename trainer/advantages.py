@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from trainer.algorithms import Outcomes
@@ -41,6 +42,29 @@ def standardised(values: Tensor) -> Tensor:
     if values.numel() < 2:
         return values * 0
     return centred(values) / (values.std() + EPSILON)
+
+
+def whitened(values: Tensor) -> Tensor:
+    """A_k = (A_k - mean A) / sqrt(var A + 1e-8), var with K - 1, [K] -> [K], as TRL's PPO does."""
+    if values.numel() < 2:
+        return values * 0
+    return centred(values) * torch.rsqrt(values.var() + 1e-8)
+
+
+def gae(values: Tensor, rewards: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Generalised advantages of an episode's T turns, [T], [T] -> [T] (1506.02438).
+
+    A_t = d_t + gamma lam A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, with V_T = A_T = 0 behind the
+    last turn, where the episode has ended.
+    """
+    behind = torch.cat([values[1:], values.new_zeros(1)])
+    surprises = (rewards + gamma * behind - values).tolist()
+    found: list[float] = []
+    ahead = 0.0
+    for surprise in reversed(surprises):
+        ahead = surprise + gamma * lam * ahead
+        found.append(ahead)
+    return torch.tensor(found[::-1], dtype=values.dtype)
 
 
 def tracked(outcomes: Outcomes) -> Tensor:

@@ -1,8 +1,8 @@
 """What training needs beside the adapter to go on from a version: one folder a published version.
 
 The adapter's own weights are the registry's, which never change; here are the optimizer's moments,
-the tracked baseline and the seed. Written aside, fsynced and renamed, so that a folder that has its
-name is whole.
+the tracked baseline, the value head and the seed. Written aside, fsynced and renamed, so that a
+folder that has its name is whole.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from policy.durable import make_folder, sync
 from policy.types import AdapterRef
 from trainer.baseline import Baseline
+from trainer.critic import CriticState
 from trainer.progress import logger
 
 _DAMAGE = (
@@ -40,6 +41,8 @@ class Checkpoint:
     baseline: Baseline
     seed: int
     """All randomness of the update that made it."""
+    critic: CriticState | None = None
+    """The value head, under algorithms that have one."""
 
 
 class Checkpoints:
@@ -56,13 +59,17 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         torch.save(checkpoint.optimizer, aside / "optimizer.pt")
+        paths = [aside / "optimizer.pt", aside / "state.json", aside]
+        if checkpoint.critic is not None:
+            torch.save(checkpoint.critic, aside / "critic.pt")
+            paths.insert(0, aside / "critic.pt")
         state = {
             "adapter_digest": checkpoint.adapter_digest,
             "seed": checkpoint.seed,
             "baseline": checkpoint.baseline.to_json(),
         }
         (aside / "state.json").write_text(json.dumps(state))
-        for path in (aside / "optimizer.pt", aside / "state.json", aside):
+        for path in paths:
             sync(path)
         if final.exists():  # of an earlier try, whose last sync failed
             shutil.rmtree(final)
@@ -76,11 +83,17 @@ class Checkpoints:
         folder = self._folder(ref)
         if not folder.is_dir():
             return None
+        critic = folder / "critic.pt"
         try:
             state = json.loads((folder / "state.json").read_text())
-            optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            baseline = Baseline.from_json(state["baseline"])
-            return Checkpoint(ref, state["adapter_digest"], optimizer, baseline, state["seed"])
+            return Checkpoint(
+                ref,
+                state["adapter_digest"],
+                _loaded(folder / "optimizer.pt"),
+                Baseline.from_json(state["baseline"]),
+                state["seed"],
+                _loaded(critic) if critic.exists() else None,
+            )
         except _DAMAGE as error:
             logger.error(
                 "the checkpoint in %r is damaged: %r; going on without", str(folder), error
@@ -96,3 +109,7 @@ class Checkpoints:
 
     def _folder(self, ref: AdapterRef) -> Path:
         return self._root / ref.policy / f"v{ref.version}"
+
+
+def _loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from feedback.spec import GateSpec, LearningSpec
 from feedback.training import RewardedEpisode
-from trainer.batch import Sample, microbatches, sample_of
+from trainer.batch import Sample, microbatches, rows_of
 from trainer.gate import Finding, Trial
-from trainer.grouping import Credited
 from trainer.model import Comparison, LoraModel
 from trainer.off_policy import Estimate, estimate
 from trainer.stop import Stop
@@ -158,5 +157,12 @@ def _figures(worth: Estimate | None, aside: int) -> Mapping[str, float]:
 
 
 def _samples(read: Sequence[RewardedEpisode], live_version: int) -> list[Sample]:
-    credited = (Credited(item.episode, item.reward, 0.0) for item in read)
-    return [sample_of(item, live_version=live_version) for item in credited]
+    return [
+        Sample(
+            rows=rows_of(item.episode.turns),
+            advantage=0.0,
+            temperature=item.episode.temperature,
+            stale=item.episode.version != live_version,
+        )
+        for item in read
+    ]

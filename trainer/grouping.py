@@ -38,6 +38,8 @@ class Credited:
     episode: Episode
     reward: float
     advantage: float
+    weight: float = 1.0
+    """What the advantage is to be multiplied by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,9 @@ def credit(rewarded: Iterable[Rewarded], algorithm: Algorithm, baseline: Baselin
     credited: list[Credited] = []
     dropped: Counter[str] = Counter()
     for item, advantage in zip(items, advantages, strict=True):
-        reason = _why_not(item.episode, advantage)
+        reason = _why_not(item.episode)
+        if reason is None and algorithm.needs.critic is None and abs(advantage) < NO_SIGNAL:
+            reason = "no_signal"
         if reason is None:
             credited.append(Credited(item.episode, item.reward, advantage))
         else:
@@ -87,13 +91,11 @@ def _outcomes(groups: Sequence[Sequence[Rewarded]], baseline: Baseline) -> Outco
     )
 
 
-def _why_not(episode: Episode, advantage: float) -> str | None:
+def _why_not(episode: Episode) -> str | None:
     if any(turn.logprobs is None for turn in episode.turns):
         return "no_logprobs"
     if not any(turn.token_ids for turn in episode.turns):
         return "no_sampled_tokens"
     if episode.temperature <= 0:
         return "greedy"
-    if abs(advantage) < NO_SIGNAL:
-        return "no_signal"
     return None

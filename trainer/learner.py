@@ -14,21 +14,35 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from feedback.spec import TrainingSpec
-from trainer.algorithms import Algorithm, Loss, TokenBatch
+from trainer import prepass
+from trainer.algorithms import Algorithm, TokenBatch
+from trainer.algorithms.positive import Positive
 from trainer.batch import Microbatch, Sample, microbatches
+from trainer.critic import Critic, CriticState
+from trainer.figures import Figures, Gaps
 from trainer.model import LoraModel, TokenLogprobs
-from trainer.surrogates import divergence
+from trainer.progress import logger
+from trainer.surrogates import divergence, strays
+
+REPLAY = Positive()
+"""How earlier successes are imitated, whichever algorithm runs."""
+ALARM = 10
+"""An engine that is this part of `max_engine_gap` away is worth a warning."""
 
 
 class UpdateDiverged(Exception):
     """The loss or gradient is not finite, or no step was possible: nothing may be published."""
+
+
+class EngineMismatch(UpdateDiverged):
+    """The engine's log-probabilities are not this model's: ratios to them would mean nothing."""
 
 
 class OnProgress(Protocol):
@@ -37,68 +51,33 @@ class OnProgress(Protocol):
     def __call__(self, done: int, total: int, figures: Mapping[str, float]) -> None: ...
 
 
-@dataclass(slots=True)
-class Figures:
-    """Running sums over the trained tokens of an update; `summary` says what they mean."""
+def check_engine(gaps: Gaps, most: float) -> None:
+    """Warn of an engine that is a tenth of `most` away, in the mean; beyond it raise
+    EngineMismatch."""
+    if gaps.mean > most:
+        raise EngineMismatch(
+            f"the engine's log-probabilities of {gaps.tokens} tokens are {gaps.mean:.3g} nats "
+            f"from the trainer's under the same version, in the mean; expected at most "
+            f"max_engine_gap = {most:g}; nothing was changed; see whether both have the same base "
+            "model and precision"
+        )
+    if gaps.mean > most / ALARM:
+        logger.warning(
+            "the engine's log-probabilities are %.3g nats from the trainer's in the mean; "
+            "an update is refused at %g", gaps.mean, most, extra={"figures": gaps.summary()},
+        )  # fmt: skip
 
-    tokens: int = 0
-    steps: int = 0
-    grad_norm: float = 0.0
-    kl_max: float = 0.0
-    stopped_by_kl: bool = False
-    engine_gap: float = 0.0
-    ratio_max: float = 0.0
-    sums: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped"), 0.0)
+
+def new_critic(
+    algorithm: Algorithm, model: LoraModel, *, seed: int, state: CriticState | None = None
+) -> Critic | None:
+    """The value head that the algorithm needs, if any; `state` is that of an earlier update."""
+    options = algorithm.needs.critic
+    if options is None:
+        return None
+    return Critic(
+        options, hidden_size=model.hidden_size, device=model.device, seed=seed, state=state
     )
-    kl_base: float | None = None
-    """None: the algorithm needs no reference."""
-    dropped_off_policy: int = 0
-    """Episodes over `kl_stop` before any step. They count in none of the others."""
-
-    def add(
-        self, loss: Loss, scored: TokenLogprobs, tokens: TokenBatch, *, fresh: Tensor
-    ) -> Tensor:
-        """Take in a microbatch. `fresh` [N]: not of a stale episode.
-
-        Returns each token's divergence from who sampled it, [N].
-        """
-        logprobs, fresh = scored.logprobs.detach(), fresh.to(scored.logprobs.device)
-        log_ratio = logprobs - tokens.behaviour
-        ratio, strayed = log_ratio.exp(), divergence(tokens.behaviour, logprobs)
-        self.tokens += len(ratio)
-        self.sums["loss"] += float(loss.value.detach())
-        self.sums["kl"] += float(strayed.sum())
-        self.sums["entropy"] += float(scored.entropy.sum())
-        self.sums["ratio"] += float(ratio.sum())
-        self.sums["clipped"] += float(loss.clipped.sum())
-        self.ratio_max = max(self.ratio_max, float(ratio.max()))
-        if self.steps == 0 and fresh.any():
-            # Nothing has moved yet: what differs is the engine from this model.
-            self.engine_gap = max(self.engine_gap, float(log_ratio[fresh].abs().max()))
-        if tokens.reference is not None:
-            left = float(divergence(logprobs, tokens.reference).sum())
-            self.kl_base = (self.kl_base or 0.0) + left
-        return strayed
-
-    def summary(self) -> dict[str, float]:
-        tokens = max(1, self.tokens)
-        extra = {} if self.kl_base is None else {"kl_base": self.kl_base / tokens}
-        return extra | {
-            "loss": self.sums["loss"] / max(1, self.steps),
-            "kl": self.sums["kl"] / tokens,
-            "kl_max": self.kl_max,
-            "entropy": self.sums["entropy"] / tokens,
-            "ratio_mean": self.sums["ratio"] / tokens,
-            "ratio_max": self.ratio_max,
-            "clip_fraction": self.sums["clipped"] / tokens,
-            "grad_norm": self.grad_norm / max(1, self.steps),
-            "engine_gap": self.engine_gap,
-            "stopped_by_kl": float(self.stopped_by_kl),
-            "dropped_off_policy": float(self.dropped_off_policy),
-            "steps": float(self.steps),
-            "trained_tokens": float(self.tokens),
-        }
 
 
 def new_optimizer(
@@ -124,6 +103,7 @@ def update(
     seed: int,
     token_budget: int,
     on_progress: OnProgress,
+    critic: Critic | None = None,
 ) -> dict[str, float]:
     """Train the attached adapter on `samples`; returns the figures of `Figures.summary`.
 
@@ -131,12 +111,13 @@ def update(
     or whatever `on_progress` raises; the adapter is then half-trained and must be thrown away.
     """
     began = time.perf_counter()
-    work = _Work(model, algorithm, token_budget, on_progress)
+    work = _Work(model, spec, algorithm, critic, token_budget, on_progress)
     work.total = _fed(*samples) * spec.epochs
-    left = list(samples)
+    left = work.prepared(samples)
     for minibatch in _minibatches(left, spec, random.Random(seed)):  # noqa: S311 - not a secret
         optimizer.zero_grad(set_to_none=True)
-        far = work.accumulate(minibatch, spec)
+        far = work.accumulate(minibatch)
+        work.check_the_engine()
         if far and work.figures.steps:
             work.figures.stopped_by_kl = True
             break
@@ -145,10 +126,10 @@ def update(
             left[:] = _without(far, left)
             near = _without(far, minibatch)
             optimizer.zero_grad(set_to_none=True)
-            work.begin_again(near, far, spec.epochs)
+            work.begin_again(near, far)
             if not near:
                 continue
-            work.accumulate(near, spec)
+            work.accumulate(near)
         _step(optimizer, spec.max_grad_norm, work.figures)
     optimizer.zero_grad(set_to_none=True)
     if samples and not left:
@@ -167,33 +148,78 @@ class _Work:
     """What an update carries from microbatch to microbatch."""
 
     model: LoraModel
+    spec: TrainingSpec
     algorithm: Algorithm
+    critic: Critic | None
     token_budget: int
     on_progress: OnProgress
     figures: Figures = field(default_factory=Figures)
     done: int = 0
     total: int = 0
+    looked: bool = False
+    """Whether all samples were compared with the engine before the first minibatch."""
+    engine_checked: bool = False
 
-    def begin_again(self, near: Sequence[Sample], far: Sequence[Sample], epochs: int) -> None:
+    def prepared(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, with what the algorithm needs to know of them before the first step."""
+        needs = self.algorithm.needs
+        samples, old = _own(samples), [sample for sample in samples if sample.replayed]
+        if not samples or not (needs.start or self.critic):
+            return [*samples, *old]
+        self.total += _fed(*samples)
+        stale = {id(row) for sample in samples if sample.stale for row in sample.rows}
+
+        def seen(batch: Microbatch, scored: TokenLogprobs) -> None:
+            gaps = scored.logprobs.cpu() - batch.behaviour
+            fresh = torch.tensor([id(batch.rows[row]) not in stale for row in batch.row.tolist()])
+            self.figures.gaps.add(gaps[fresh])
+            self._progress(batch)
+
+        found = prepass.look(self.model, samples, token_budget=self.token_budget, on_batch=seen)
+        self.looked = True
+        self.check_the_engine()
+        if needs.start:
+            samples = prepass.from_the_start(samples, found)
+        if self.critic is not None:
+            samples, self.figures.critic = prepass.criticised(samples, found, self.critic)
+        return [*samples, *old]
+
+    def begin_again(self, near: Sequence[Sample], far: Sequence[Sample]) -> None:
         """Forget what no step has followed: `near` is gone through once more, `far` never again."""
-        self.figures = Figures(dropped_off_policy=self.figures.dropped_off_policy + len(far))
-        self.total += _fed(*near) - (epochs - 1) * _fed(*far)
+        self.figures = Figures(
+            dropped_off_policy=self.figures.dropped_off_policy + len(far),
+            critic=self.figures.critic,
+            gaps=self.figures.gaps if self.looked else Gaps(),
+        )
+        self.total += _fed(*near) - (self.spec.epochs - 1) * _fed(*far)
 
-    def accumulate(self, minibatch: Sequence[Sample], spec: TrainingSpec) -> list[Sample]:
+    def check_the_engine(self) -> None:
+        """Before the first step, once. Raises EngineMismatch."""
+        if not self.engine_checked and self.figures.gaps.tokens:
+            self.engine_checked = True
+            check_engine(self.figures.gaps, self.spec.max_engine_gap)
+
+    def accumulate(self, minibatch: Sequence[Sample]) -> list[Sample]:
         """Add the minibatch's gradient; returns its episodes whose KL is over `kl_stop`."""
+        self._imitate([sample for sample in minibatch if sample.replayed])
+        minibatch = _own(minibatch)
+        if not minibatch:
+            return []
         kl = torch.zeros(len(minibatch))
         stale = torch.tensor([sample.stale for sample in minibatch])
-        mean_tokens = sum(sample.n_trained for sample in minibatch) / len(minibatch)
-        needs = self.algorithm.needs
-        for batch in microbatches(
-            minibatch, token_budget=self.token_budget, whole_episodes=needs.whole_episodes
-        ):
+        whole = _Whole(
+            episodes=self.spec.minibatch_episodes,
+            mean_tokens=sum(sample.n_trained for sample in minibatch) / len(minibatch),
+            drift=self._drift(minibatch) if self.algorithm.needs.drift else 0.0,
+        )
+        for batch in self._microbatches(minibatch):
             # Before the pass that is differentiated: switching the adapter touches its weights.
-            reference = self.model.base_logprobs(batch) if needs.reference else None
+            needed = self.algorithm.needs.reference
+            reference = self.model.base_logprobs(batch) if needed else None
             scored = self.model.logprobs(batch)
-            tokens = _token_batch(
-                batch, spec.minibatch_episodes, mean_tokens, reference, scored.logprobs.device
-            )
+            tokens = _token_batch(batch, whole, reference, scored.logprobs.device)
+            if self.spec.mask_off_policy is not None:
+                tokens = self._masked(scored, tokens)
             loss = self.algorithm.loss(scored.logprobs, tokens)
             if not torch.isfinite(loss.value):
                 raise UpdateDiverged(
@@ -202,40 +228,96 @@ class _Work:
                     "or lower learning_rate"
                 )
             torch.autograd.backward(loss.value)
-            strayed = self.figures.add(loss, scored, tokens, fresh=~stale[batch.episode])
+            fresh = ~stale[batch.episode] & (not self.looked)
+            strayed = self.figures.add(loss, scored, tokens, fresh=fresh)
             kl.index_add_(0, batch.episode, strayed.cpu())
             self._progress(batch)
         self.figures.kl_max = max(self.figures.kl_max, float(kl.max()))
-        return [minibatch[index] for index in (kl > spec.kl_stop).nonzero().flatten().tolist()]
+        return [minibatch[index] for index in (kl > self.spec.kl_stop).nonzero().flatten().tolist()]
+
+    def _imitate(self, old: Sequence[Sample]) -> None:
+        """Add the gradient of what is replayed: no ratio is taken, so that staleness is no harm."""
+        if not old:
+            return
+        whole = _Whole(episodes=self.spec.minibatch_episodes, mean_tokens=1.0, drift=0.0)
+        shared = self.model.shares_prefixes
+        for batch in microbatches(old, token_budget=self.token_budget, shared=shared):
+            logprobs = self.model.logprobs(batch).logprobs
+            loss = REPLAY.loss(logprobs, _token_batch(batch, whole, None, logprobs.device))
+            torch.autograd.backward(loss.value)
+            self.figures.replayed_tokens += len(logprobs)
+            self._progress(batch)
+
+    def _microbatches(self, minibatch: Sequence[Sample]) -> Iterator[Microbatch]:
+        whole = self.algorithm.needs.whole_episodes or self.spec.mask_off_policy is not None
+        return microbatches(
+            minibatch,
+            token_budget=self.token_budget,
+            whole_episodes=whole,
+            shared=self.model.shares_prefixes,
+        )
+
+    def _masked(self, scored: TokenLogprobs, tokens: TokenBatch) -> TokenBatch:
+        bound = self.spec.mask_off_policy
+        if bound is None:
+            return tokens
+        away = strays(scored.logprobs.detach(), tokens, bound)
+        self.figures.masked += int(away.sum())
+        return replace(tokens, advantages=tokens.advantages.masked_fill(away, 0.0))
+
+    @torch.no_grad()
+    def _drift(self, minibatch: Sequence[Sample]) -> float:
+        """Mean over the minibatch's episodes of their k3 from the reference policy, nats."""
+        total = 0.0
+        for batch in self._microbatches(minibatch):
+            now = self.model.logprobs(batch).logprobs
+            if self.algorithm.needs.reference:
+                other = self.model.base_logprobs(batch)
+            else:
+                other = batch.behaviour.to(now.device)
+            total += float(divergence(now, other).sum())
+        return total / len(minibatch)
 
     def _progress(self, batch: Microbatch) -> None:
         self.done += _fed(batch)
         self.on_progress(self.done, self.total, self.figures.summary())
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """What a microbatch must know of its minibatch."""
+
+    episodes: int
+    """M: of a full one."""
+    mean_tokens: float
+    drift: float
+
+
 def _token_batch(
-    batch: Microbatch,
-    minibatch_size: int,
-    mean_tokens: float,
-    reference: Tensor | None,
-    device: torch.device,
+    batch: Microbatch, whole: _Whole, reference: Tensor | None, device: torch.device
 ) -> TokenBatch:
     return TokenBatch(
         behaviour=batch.behaviour.to(device),
         advantages=batch.advantages.to(device),
-        scale=(batch.scale / minibatch_size).to(device),
+        scale=(batch.scale / whole.episodes).to(device),
         episode=batch.episode.to(device),
         turn=batch.turn.to(device),
         n_tokens=batch.n_tokens.to(device),
         n_turns=batch.n_turns.to(device),
-        mean_tokens=mean_tokens,
+        mean_tokens=whole.mean_tokens,
         reference=reference,
+        drift=whole.drift,
     )
 
 
 def _fed(*parts: Sample | Microbatch) -> int:
     """Tokens that go through the model."""
     return sum(len(row.token_ids) for part in parts for row in part.rows)
+
+
+def _own(samples: Sequence[Sample]) -> list[Sample]:
+    """Those that the algorithm is about."""
+    return [sample for sample in samples if not sample.replayed]
 
 
 def _without(far: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:

@@ -20,14 +20,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from policy.types import Probe
 from trainer.batch import Microbatch
+from trainer.shared_attention import IMPLEMENTATION, can_share
 
-HEAD_ELEMENTS = 2**26
-"""Most logits that are held at once; beyond it the head is recomputed in the backward pass."""
+HEAD_ELEMENTS = 2**23
+"""Most logits that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class TokenLogprobs:
     """Float32 [N], nats."""
     entropy: Tensor
     """Float32 [N], nats, without gradient."""
+    hidden: Tensor
+    """[N, H]: the last layer's output that each is predicted from, without gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ class LoraModel:
             path, dtype=dtype, attn_implementation="sdpa"
         ).to(device)
         self._base.requires_grad_(False).eval()
+        self.shares_prefixes = can_share(self._base)
+        if self.shares_prefixes:
+            self._base.set_attn_implementation(IMPLEMENTATION)
         self._device = device
         self._peft: Any = None
 
@@ -74,6 +79,15 @@ class LoraModel:
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and weights that are trained, in a fixed order."""
         return [(n, p) for n, p in self._attached.named_parameters() if p.requires_grad]
+
+    @property
+    def hidden_size(self) -> int:
+        """H: how wide the last layer's output is."""
+        return int(self._base.get_output_embeddings().weight.shape[1])
+
+    @property
+    def device(self) -> str:
+        return self._device
 
     def attach(self, *, rank: int, alpha: int, seed: int, start: Path | None) -> None:
         """Put an adapter on all linear layers: that of folder `start`, or one without effect.
@@ -100,6 +114,12 @@ class LoraModel:
                     f"adapter {str(start)!r} has weights that the base model has no place for, "
                     f"such as {outcome.unexpected_keys[0]!r}; was it trained on another base?"
                 )
+        if any(p.requires_grad for p in self._peft.get_output_embeddings().parameters()):
+            self.detach()
+            raise ValueError(
+                f"adapter {str(start)!r} changes the output head, expected one that leaves it as "
+                "it is: its gradient is not computed; train one on the linear layers below"
+            )
         self._peft.eval()
 
     def detach(self) -> None:
@@ -118,10 +138,9 @@ class LoraModel:
         picked, head = self._hidden(batch), self._head
         targets, temperature = batch.targets.to(self._device), batch.temperature.to(self._device)
         size = max(1, HEAD_ELEMENTS // head.weight.shape[0])
-        if len(picked) <= size:
-            return TokenLogprobs(*_score(head, picked, targets, temperature))
+        score: Any = _Score.apply
         pieces = [
-            checkpoint(_score, head, *parts, use_reentrant=False)
+            score(head, *parts)
             for parts in zip(
                 torch.split(picked, size),
                 torch.split(targets, size),
@@ -132,7 +151,24 @@ class LoraModel:
         return TokenLogprobs(
             torch.cat([logprobs for logprobs, _ in pieces]),
             torch.cat([entropy for _, entropy in pieces]),
+            picked.detach(),
         )
+
+    def _hidden(self, batch: Microbatch) -> Tensor:
+        """The last layer's output that each trained token is predicted from, [N, H]."""
+        decoder = self._attached.base_model.model.base_model
+        if batch.prefixes is None:
+            ids = batch.input_ids.to(self._device)
+            hidden: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            return hidden[batch.row.to(self._device), batch.context.to(self._device)]
+        prefixes = batch.prefixes.to(self._device)
+        hidden = decoder(
+            input_ids=prefixes.token_ids[None],
+            position_ids=prefixes.positions[None],
+            use_cache=False,
+            prefixes=prefixes,
+        ).last_hidden_state
+        return hidden[0, prefixes.trained]
 
     @torch.no_grad()
     def base_logprobs(self, batch: Microbatch) -> Tensor:
@@ -172,14 +208,6 @@ class LoraModel:
             tuple(self._sequence_logprobs(token_ids, with_adapter=False)),
         )
 
-    def _hidden(self, batch: Microbatch) -> Tensor:
-        """What predicts each trained token, [N, H]."""
-        hidden = self._attached.base_model.model.base_model(
-            input_ids=batch.input_ids.to(self._device), use_cache=False
-        ).last_hidden_state
-        picked: Tensor = hidden[batch.row.to(self._device), batch.context.to(self._device)]
-        return picked
-
     @property
     def _head(self) -> Any:
         return self._attached.base_model.model.get_output_embeddings()
@@ -200,14 +228,33 @@ class LoraModel:
         return [float(value) for value in logprobs[:, 0]]
 
 
-def _score(
-    head: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
-    """log softmax(head(hidden) / T)[target] and the entropy: [N, H] -> [N], [N]."""
-    every = _distribution(head, hidden, temperature)
-    detached = every.detach()
-    entropy = -(detached.exp() * detached).sum(-1)
-    return every.gather(-1, targets[:, None])[:, 0], entropy
+class _Score(torch.autograd.Function):
+    """log softmax(head(hidden) / T)[target] and the entropy: [N, H] -> [N], [N].
+
+    The head is frozen and a token's log-probability depends on its own hidden state only, so that
+    its gradient (W[target] - sum_v p_v W[v]) / T is known at once: no logits are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: torch.nn.Linear, hidden: Tensor, targets: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float() / temperature[:, None]
+        normalizer = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normalizer
+        chances = (logits - normalizer[:, None]).exp_()
+        entropy = normalizer - torch.linalg.vecdot(chances, logits)
+        if ctx.needs_input_grad[1]:
+            expected = chances.to(head.weight.dtype) @ head.weight
+            ctx.save_for_backward((head.weight[targets] - expected) / temperature[:, None])
+            ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return None, (gradients[0][:, None] * slope).to(ctx.dtype), None, None
 
 
 def _distribution(head: torch.nn.Module, hidden: Tensor, temperature: Tensor) -> Tensor:

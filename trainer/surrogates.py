@@ -84,7 +84,7 @@ def policy_gradient(
     No token's gradient is ever removed.
     """
     credit = advantages if weights is None else weights.detach() * advantages
-    return Loss(-(share * credit * logprobs).sum(), torch.zeros_like(logprobs, dtype=torch.bool))
+    return Loss(-(share * credit * logprobs).sum(), _none(logprobs))
 
 
 def importance_weights(log_ratio: Tensor, cap: float) -> Tensor:
@@ -96,3 +96,73 @@ def divergence(logprobs: Tensor, other: Tensor) -> Tensor:
     """Schulman's k3 of KL(p || other), p having sampled: q/p - 1 - log(q/p) >= 0, [N] -> [N]."""
     log_ratio = other - logprobs
     return log_ratio.exp() - 1 - log_ratio
+
+
+def strays(logprobs: Tensor, tokens: TokenBatch, bound: float) -> Tensor:
+    """Tokens with A < 0 of episodes for which mean_t (log p_behaviour - log p) > bound, bool [N].
+
+    Off-policy sequence masking as in DeepSeek-V3.2 (2512.02556): what the policy has moved away
+    from already is pushed no further. Needs whole episodes.
+    """
+    left = (tokens.behaviour - logprobs) / tokens.n_tokens
+    sums = torch.zeros(int(tokens.episode.max()) + 1, dtype=left.dtype, device=left.device)
+    mean = sums.index_add(0, tokens.episode, left)[tokens.episode]
+    return (tokens.advantages < 0) & (mean > bound)
+
+
+def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """1/2 max((V - R)^2, (clip(V, V_0 - clip, V_0 + clip) - R)^2) of each turn, [U] -> [U].
+
+    PPO's clipped value loss: a value that has moved by `clip` towards its return moves no further.
+    """
+    near = torch.clamp(values, before - clip, before + clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def episode_sums(values: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Sums over each whole episode in the microbatch, and its share 1 / M, [N] -> [E], [E]."""
+    _, index = torch.unique(tokens.episode, return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype, device=values.device)
+    shares = torch.zeros_like(sums).index_add(0, index, tokens.scale)
+    return sums.index_add(0, index, values), shares
+
+
+def logistic_preference(logprobs: Tensor, tokens: TokenBatch, beta: float) -> Loss:
+    """-sum_k 1/M weight_k log sigmoid(beta h_k), h_k = sum_t +-(log p_t - log q_t) (2305.18290).
+
+    An episode here is a pair: tokens of the better one have advantages > 0, those of the worse one
+    < 0, and their size is the pair's weight. q is the reference policy.
+    """
+    left = logprobs - _reference(tokens)
+    margins, shares = episode_sums(tokens.advantages.sign() * left, tokens)
+    weights = _per_episode(tokens.advantages.abs(), tokens)
+    losses = -torch.nn.functional.logsigmoid(beta * margins)
+    return Loss((shares * weights * losses).sum(), _none(logprobs))
+
+
+def prospect(logprobs: Tensor, tokens: TokenBatch, beta: float) -> Loss:
+    """sum_k 1/M |A_k| (1 - sigmoid(sign(A_k) beta (h_k - z))) (KTO, 2402.01306).
+
+    h_k = sum_t (log p_t - log q_t) of the whole episode, q the reference policy; z is
+    `TokenBatch.drift`.
+    """
+    left, shares = episode_sums(logprobs - _reference(tokens), tokens)
+    weights = _per_episode(tokens.advantages.abs(), tokens)
+    signs = _per_episode(tokens.advantages, tokens).sign()
+    losses = 1 - torch.sigmoid(signs * beta * (left - tokens.drift))
+    return Loss((shares * weights * losses).sum(), _none(logprobs))
+
+
+def _reference(tokens: TokenBatch) -> Tensor:
+    """The base model if the algorithm asked for it, else the version that training began with."""
+    return tokens.behaviour if tokens.reference is None else tokens.reference
+
+
+def _per_episode(values: Tensor, tokens: TokenBatch) -> Tensor:
+    """What is the same for all tokens of an episode, once, [N] -> [E]."""
+    sums, shares = episode_sums(values * tokens.scale, tokens)
+    return sums / shares
+
+
+def _none(logprobs: Tensor) -> Tensor:
+    return torch.zeros_like(logprobs, dtype=torch.bool)

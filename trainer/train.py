@@ -2,9 +2,9 @@
 
     judge(candidates that an earlier run left behind)
     claim    = store.claim(spec, live version)             # lease and fence; None: not yet
-    credits  = credit(claim.episodes, baseline)            # the algorithm's advantages
+    job      = prepared(claim, baseline)                   # advantages; token rows or pairs of them
     adapter  = model.attach(live version's weights)        # never the last candidate's
-    figures  = update(adapter, samples of the credits)     # its loss; ends early on KL or NaN
+    figures  = update(adapter, job.samples)                # its loss; ends early on KL or NaN
     version  = registry.publish(adapter, probe)            # an immutable folder, no traffic yet
     checkpoints.save(version, optimizer, baseline)
     store.finish(claim, also = "version is a candidate")   # one transaction: consumed + candidate
@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,32 +36,24 @@ from feedback.wakeup import Wakeup, pause_of
 from policy.registry import AdapterCorrupt, AdapterInvalid, Registry, RegistryError
 from policy.releases import LivePinned, ReleaseConflict, ReleaseError, ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
-from trainer.algorithms.choice import chosen
 from trainer.baseline import Baseline
-from trainer.batch import Sample, sample_of
+from trainer.batch import Sample
 from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.figures import Gaps
 from trainer.gate import Gate, Trial, Verdict
-from trainer.grouping import Credits, credit
-from trainer.learner import UpdateDiverged, new_optimizer, update
+from trainer.job import Encode, Job, prepared
+from trainer.learner import UpdateDiverged, check_engine, new_critic, new_optimizer, update
 from trainer.model import LoraModel
+from trainer.prepass import look
 from trainer.progress import Heartbeat, logger
+from trainer.samples import sampled_by
 from trainer.stop import Stop, Stopped
 
 ACTOR = "trainer"
+COMPARED = 16
+"""Episodes on which the engine is compared with the trainer, where the update does not do it."""
 PROBE_TOKENS = 128
 """Longest probe: every server start pays for it once a version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One update's input."""
-
-    spec: LearningSpec
-    claim: Claim
-    live: AdapterRef
-    """The version that training starts from."""
-    baseline: Baseline
-    credits: Credits
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +79,7 @@ class Trainer:
         settings: TrainerSection,
         stop: Stop,
         wakeup: Wakeup,
+        encode: Encode,
     ) -> None:
         self._store = store
         self._releases = releases
@@ -96,6 +90,7 @@ class Trainer:
         self._settings = settings
         self._stop = stop
         self._wakeup = wakeup
+        self._encode = encode
         self._unusable: set[AdapterRef] = set()
         """Versions whose folders were found damaged."""
         self._told: dict[AdapterRef, str] = {}
@@ -161,17 +156,16 @@ class Trainer:
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
         baseline = self._baseline(live)
-        for late in claim.amendments:
-            baseline.amend(late.task_key, late.before, late.after)
-        credits = credit(claim.episodes, chosen(spec.training), baseline)
-        figures = _batch_figures(claim, credits)
+        job, figures = prepared(
+            self._store, spec, claim, live, baseline=baseline, encode=self._encode
+        )
         logger.info("an update of %s begins", live, extra={"figures": figures})
         self._store.update_run(claim, "training", figures)
-        if not credits.credited:
+        if not job.samples:
             self._store.finish(claim, version=None, figures=figures | {"outcome": "no_signal"})
             return
         try:
-            trained = self._train(Job(spec, claim, live, baseline, credits))
+            trained = self._train(job)
         except (UpdateDiverged, AdapterInvalid) as error:
             # The same episodes would fail again: they are consumed, and the run says why.
             logger.error("the update of %s failed: %s", live, error)
@@ -190,26 +184,57 @@ class Trainer:
         self._publish(claim, trained, figures)
 
     def _train(self, job: Job) -> Trained:
-        training, live, claim = job.spec.training, job.live, job.claim
+        training, live, claim = job.training, job.live, job.claim
         seed = _seed(self._settings.seed, live, claim)
         folder = None if live.is_base else self._registry.verify(live).path
+        engine = self._engine_gap(job, seed)
         self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
         before = self._checkpoints.load(live)
         optimizer = new_optimizer(
             self._model, training.learning_rate, before.optimizer if before else None
         )
-        samples = [sample_of(item, live_version=live.version) for item in job.credits.credited]
+        critic = new_critic(
+            job.algorithm, self._model, seed=seed, state=before.critic if before else None
+        )
         with Heartbeat(
             self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
         ) as heartbeat:
             figures = update(
-                self._model, optimizer, samples, training, chosen(training),
+                self._model, optimizer, job.samples, training, job.algorithm, critic=critic,
                 seed=seed, token_budget=self._settings.microbatch_tokens, on_progress=heartbeat,
-            )  # fmt: skip
+            ) | engine  # fmt: skip
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
-        adapter = self._publish_folder(live, _probe(self._model, samples), figures)
+        adapter = self._publish_folder(live, _probe(self._model, job.samples), figures)
         state = optimizer.state_dict()
-        return Trained(adapter, Checkpoint(adapter.ref, adapter.digest, state, job.baseline, seed))
+        head = critic.state if critic is not None else None
+        return Trained(
+            adapter, Checkpoint(adapter.ref, adapter.digest, state, job.baseline, seed, head)
+        )
+
+    def _engine_gap(self, job: Job, seed: int) -> dict[str, float]:
+        """The engine against this model, under the version that most of the batch is from.
+
+        While a version is trained, the one before it serves: a batch may hold nothing that live
+        sampled, and the update itself compares only that. Raises EngineMismatch.
+        """
+        episodes = [item.episode for item in job.claim.episodes]
+        ((version, _),) = Counter(episode.version for episode in episodes).most_common(1)
+        if version == job.live.version:
+            return {}
+        ref = AdapterRef(job.live.policy, version)
+        try:
+            folder = None if ref.is_base else self._registry.get(ref).path
+        except RegistryError:
+            return {}  # deleted since: there is nothing left to compare with
+        training, gaps = job.training, Gaps()
+        self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
+        look(
+            self._model, sampled_by(episodes, version, most=COMPARED),
+            token_budget=self._settings.microbatch_tokens,
+            on_batch=lambda batch, scored: gaps.add(scored.logprobs.cpu() - batch.behaviour),
+        )  # fmt: skip
+        check_engine(gaps, training.max_engine_gap)
+        return gaps.summary()
 
     def _publish_folder(
         self, live: AdapterRef, probe: Probe, figures: Mapping[str, float]
@@ -358,18 +383,6 @@ def _seed(seed: int, live: AdapterRef, claim: Claim) -> int:
     return int.from_bytes(digest.digest()[:4], "big")
 
 
-def _batch_figures(claim: Claim, credits: Credits) -> dict[str, float | str]:
-    rewards = [item.reward for item in claim.episodes]
-    figures: dict[str, float | str] = {
-        "episodes": float(len(rewards)),
-        "mean_reward": sum(rewards) / max(1, len(rewards)),
-        "groups": float(credits.groups),
-        "singles": float(credits.singles),
-        "trained_episodes": float(len(credits.credited)),
-    }
-    return figures | {f"dropped_{reason}": float(n) for reason, n in credits.dropped.items()}
-
-
-def _probe(model: LoraModel, samples: list[Sample]) -> Probe:
+def _probe(model: LoraModel, samples: Sequence[Sample]) -> Probe:
     """On tokens that this adapter line really sees."""
     return model.probe(samples[0].rows[0].token_ids[:PROBE_TOKENS])

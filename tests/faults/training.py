@@ -148,6 +148,7 @@ def _update(folder: Path, acknowledge: Acknowledge) -> None:
         settings=TrainerSection(),
         stop=Stop(),
         wakeup=InProcess(),
+        encode=lambda text: [],  # nobody corrects anything here
     )
     while trainer.advance(LINE):
         acknowledge(f"live {releases.state('line').live.version}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from sqlmodel import Session
 
 from feedback.errors import LeaseLost
+from feedback.shares import whole_groups
 from feedback.spec import LearningSpec, MetricSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
 from feedback.training import Claim, Readiness
@@ -78,6 +80,38 @@ def test_readiness_says_where_every_episode_stands(store: Store) -> None:
     assert readiness(
         store, spec(min_episodes=3, maturity=10.0, max_staleness=1), now=1005.0
     ).triggered
+
+
+@pytest.mark.parametrize(
+    ("groups", "most", "taken"),
+    [
+        ([["a"], ["b", "c"], ["d"]], 4, "abcd"),
+        # The second does not fit beside the first; the third does.
+        ([["a", "b"], ["c", "d"], ["e"]], 3, "abe"),
+        ([["a"], ["b", "c", "d", "e"], ["f"]], 3, "abc"),
+        ([], 3, ""),
+    ],
+)
+def test_groups_are_taken_whole(groups: list[list[str]], most: int, taken: str) -> None:
+    assert "".join(whole_groups(groups, most)) == taken
+
+
+def test_a_group_is_not_split_between_two_claims(store: Store) -> None:
+    """Four attempts at one task between five single ones, of which a claim holds six."""
+    for number in range(9):
+        id = f"{'group' if number % 2 else 'single'}-{number}"
+        made = episode(id, ended_at=10.0 + number)
+        key = "refund/1" if number % 2 else made.task_key
+        store.begin(replace(made, task_key=key))
+        store.add_feedback([event(f"outcome-{id}", id)])
+    first = granted(store, spec(max_episodes=6))
+    # By freshness alone it would be 3 to 8: three of the four.
+    assert [id for id in ids(first) if id.startswith("group")] == [
+        "group-1", "group-3", "group-5", "group-7",
+    ]  # fmt: skip
+    assert [id for id in ids(first) if id.startswith("single")] == ["single-6", "single-8"]
+    store.finish(first, version=1, figures={})
+    assert ids(granted(store, spec(max_episodes=6))) == ["single-0", "single-2", "single-4"]
 
 
 def test_a_batch_comes_in_order_with_rewards_and_turns(store: Store) -> None:
@@ -297,3 +331,25 @@ def test_two_trainers_at_once_share_no_episode_and_lose_none(store: Store, url: 
         taken.append(out.split())
     assert sorted(taken[0] + taken[1]) == sorted(expected)
     assert all(taken), "one trainer took everything: the test raced nobody"
+
+
+def test_only_successes_of_finished_runs_are_replayed(store: Store) -> None:
+    for number in range(6):
+        judged(store, f"old-{number}", float(number % 2))
+    first = granted(store, spec())
+    assert store.older_successes(first, 10) == []  # its own are not older
+    store.finish(first, version=1, figures={})
+    judged(store, "new-1")
+    second = granted(store, spec(min_episodes=1))
+    found = store.older_successes(second, 10)
+    assert sorted(item.episode.id for item in found) == ["old-1", "old-3", "old-5"]
+    assert {item.reward for item in found} == {1.0}
+    two = [item.episode.id for item in store.older_successes(second, 2)]
+    assert len(two) == 2
+    assert two == [item.episode.id for item in store.older_successes(second, 2)]
+    assert store.older_successes(second, 0) == []
+    # A run that came to nothing taught nothing that could be forgotten.
+    store.finish(second, version=None, figures={})
+    judged(store, "new-2")
+    third = granted(store, spec(min_episodes=1))
+    assert "new-1" not in {item.episode.id for item in store.older_successes(third, 10)}

@@ -12,7 +12,7 @@ from sqlalchemy import event as hooks
 from feedback.outcomes import Copies
 from feedback.run_store import RunStore
 from feedback.runs import Decision
-from feedback.spec import LearningSpec, RewardSpec, TrainingSpec
+from feedback.spec import LearningSpec, MissingSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
 from tests.feedback.record_samples import episode, event, judged, turn
 from tests.feedback.run_samples import paused
@@ -50,6 +50,8 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     store.readiness(
         SPEC.model_copy(update={"reward": RewardSpec(maturity_seconds=1.0)}), live_version=0
     )
+    missing = SPEC.training.model_copy(update={"missing": MissingSpec(after_seconds=1.0)})
+    assert store.arrivals(SPEC.model_copy(update={"training": missing}), live_version=0)
     claim = store.claim(SPEC, live_version=0, owner="a", lease_seconds=1.0)
     assert claim is not None
     store.abandon(claim, "again")
@@ -58,6 +60,7 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     store.renew(claim, lease_seconds=1.0)
     store.update_run(claim, "training", {})
     store.finish(claim, version=1, figures={})
+    store.older_successes(claim, 5)
     assert len(store.outcomes(SPEC, (0, 1), since=0.0)) == 2
     assert {item.episode.id for item in store.trained_on("desk", 1, limit=9)} == {"e", "f"}
     assert store.held_aside(SPEC, 0, limit=9) == []

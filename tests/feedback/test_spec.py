@@ -11,7 +11,7 @@ from feedback.spec import OPTIONS, AlgorithmName, LearningSpec, TrainingSpec
 
 
 def test_every_algorithm_has_its_options_and_every_option_a_field() -> None:
-    assert set(get_args(AlgorithmName)) == OPTIONS.keys()
+    assert set(get_args(AlgorithmName)) == {*OPTIONS, "auto"}
     for options in OPTIONS.values():
         assert options.keys() <= TrainingSpec.model_fields.keys()
 
@@ -39,7 +39,9 @@ def test_defaults_are_the_algorithms_own_and_can_be_set() -> None:
         ),
         ({"kl_base": 0.1}, "'loop' does not read kl_base"),
         ({"algorithm": "positive", "ratio_cap": 2}, "'positive' reads none of these"),
-        ({"algorithm": "ppo"}, "algorithm\n.*'loop', 'rloo'"),
+        ({"algorithm": "a2c"}, "algorithm\n.*'loop', 'rloo'"),
+        ({"algorithm": "dpo", "mask_off_policy": 0.1}, "'dpo' does not read mask_off_policy"),
+        ({"algorithm": "ppo", "ratio_cap": 1.1}, "expected more than 1 \\+ clip_high, .* 1.2"),
         ({"algorithm": ["loop"]}, "algorithm\n"),
         ({"algorithm": "grpo", "ratio_cap": 1.2}, "expected more than 1 \\+ clip_high, .* 1.2"),
         ({"ratio": "episode"}, "ratio\n.*'token', 'turn' or 'trajectory'"),

@@ -223,6 +223,13 @@ def test_the_owner_and_the_model_may_write_tool_tags_but_no_turns() -> None:
         ]
 
 
+def test_an_answer_that_somebody_wrote_may_call_tools_but_end_no_turn() -> None:
+    ids = CHAT.answer_ids("yes <tool_call>{}</tool_call> <|im_end|>\ud800")
+    called = TOKENIZER.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+    assert [i for i in ids if i in CONTROL] == called
+    assert CHAT.text(ids) == "yes <tool_call>{}</tool_call> <|im_end|>?"
+
+
 def test_a_template_that_rewrites_history_gets_a_full_render() -> None:
     chat = ChatFormat(build_tokenizer(FORGETFUL))
     messages = [{"role": "user", "content": "Look."}]

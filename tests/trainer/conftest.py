@@ -98,8 +98,11 @@ training: {min_episodes: 24, minibatch_episodes: 8, rank: 4, alpha: 8, learning_
 """
 
 
-def record_episodes(store: Store, base_folder: Path, *, first: int) -> None:
-    """24 rewarded episodes of the base model, of which half are in groups of 2."""
+def record_episodes(store: Store, base_folder: Path, *, first: int, shift: float = 0.0) -> None:
+    """24 rewarded episodes of the base model, of which half are in groups of 2.
+
+    With `shift` they are those of an engine that is so many nats off.
+    """
     model = LoraModel(base_folder)
     model.attach(rank=1, alpha=1, seed=0, start=None)
     rng = random.Random(first)
@@ -108,7 +111,7 @@ def record_episodes(store: Store, base_folder: Path, *, first: int) -> None:
         paired = number - first < 12
         key = f"pair/{number // 2}" if paired else f"single/{number}"
         ids = [rng.randrange(2, 32) for _ in range(20)]
-        logprobs = model.probe(ids).logprobs[9:]
+        logprobs = [value + shift for value in model.probe(ids).logprobs[9:]]
         store.begin(Episode(id, "line", 0, key, float(number), agent="line"))
         store.append_turn(id, Turn(0, ids[:10], ids[10:], logprobs, "", "stop"))
         store.end(id, "finished", float(number) + 0.5)

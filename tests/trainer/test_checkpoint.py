@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from policy.types import AdapterRef
+from trainer.algorithms import CriticOptions
 from trainer.baseline import Baseline
 from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.critic import Critic
 
 
 def checkpoint(version: int) -> Checkpoint:
@@ -38,6 +41,20 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     )
     assert float(loaded.optimizer["state"][0]["exp_avg"].sum()) != 0
     assert checkpoints.load(AdapterRef("line", 4)) is None
+    assert loaded.critic is None
+
+
+def test_a_value_head_comes_back(tmp_path: Path) -> None:
+    critic = Critic(CriticOptions(1.0, 0.95, 0.2, 0.1, 1), hidden_size=4, device="cpu", seed=0)
+    critic.fit(torch.randn(2, 4), torch.zeros(2), torch.ones(2))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(replace(checkpoint(3), critic=critic.state))
+    loaded = checkpoints.load(AdapterRef("line", 3))
+    assert loaded is not None
+    again = Critic(critic.options, hidden_size=4, device="cpu", seed=1, state=loaded.critic)
+    hidden = torch.randn(3, 4)
+    assert torch.equal(again.values(hidden), critic.values(hidden))
+    assert float(again.values(hidden)[0].detach()) != 0
 
 
 def test_what_a_kill_left_half_written_is_not_seen_and_not_in_the_way(

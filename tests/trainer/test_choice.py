@@ -12,7 +12,10 @@ from trainer.algorithms.choice import chosen
 
 OTHER: dict[str, Any] = {
     "clip_low": 0.3, "clip_high": 0.4, "ratio_cap": 3.0, "ratio": "turn",
-    "kl_base": 0.5, "episode_tokens": 99,
+    "kl_base": 0.5, "episode_tokens": 99, "gamma": 0.9, "gae_lambda": 0.8, "value_clip": 0.3,
+    "value_learning_rate": 1e-2, "value_steps": 7,
+    "beta": 0.7, "reference": "base", "desirable_weight": 1.5,
+    "undesirable_weight": 2.5, "min_reward": 0.8, "error_weight": 0.25,
 }  # fmt: skip
 
 

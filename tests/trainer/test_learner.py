@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from trainer.algorithms.choice import chosen
 from trainer.algorithms.grpo import Grpo
 from trainer.algorithms.loop import Loop
 from trainer.batch import Row, Sample
-from trainer.learner import UpdateDiverged, new_optimizer, update
+from trainer.learner import EngineMismatch, UpdateDiverged, new_critic, new_optimizer, update
 from trainer.model import LoraModel
 from trainer.surrogates import Unit
 
@@ -32,7 +33,7 @@ def sample(
 ) -> Sample:
     """The ids as the attached adapter would have sampled them, the logprobs off by `shift`."""
     logprobs = [value + shift for value in model.probe(ids).logprobs[1:]]
-    return Sample((Row(list(ids), [2, 3, 4], logprobs),), advantage, 1.0, stale)
+    return Sample((Row(list(ids), [2, 3, 4], logprobs, [0, 0, 0]),), advantage, 1.0, stale)
 
 
 @pytest.fixture
@@ -91,8 +92,38 @@ def test_stale_tokens_are_compared_with_who_sampled_them(model: LoraModel) -> No
         assert torch.equal(old, weight)
     # It says nothing of the engine: another version sampled it.
     assert figures["engine_gap"] == 0.0
-    fresh = run(model, [sample(model, GOOD, 1.0, shift=-math.log(3))])
+    spec = SPEC.model_copy(update={"max_engine_gap": 2.0})
+    fresh = run(model, [sample(model, GOOD, 1.0, shift=-math.log(3))], spec)
     assert fresh["engine_gap"] == pytest.approx(math.log(3), abs=1e-4)
+    assert fresh["engine_gap_mean"] == pytest.approx(math.log(3), abs=1e-4)
+    assert fresh["engine_gap_k3"] == pytest.approx(2 - math.log(3), abs=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "ppo", "sft"])
+def test_an_update_on_another_engines_word_is_refused(
+    model: LoraModel, algorithm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether or not the algorithm looks at everything before its first step."""
+    spec = TrainingSpec.model_validate({"algorithm": algorithm, "learning_rate": 1e-3})
+    before = [weight.detach().clone() for _, weight in model.parameters]
+
+    def learn(shift: float) -> dict[str, float]:
+        samples = [sample(model, GOOD, 1.0, shift=shift), sample(model, BAD, 0.5, shift=-shift)]
+        chosen_one = chosen(spec)
+        return update(
+            model, new_optimizer(model, 1e-3, None), samples, spec, chosen_one,
+            seed=0, token_budget=64, on_progress=ignore,
+            critic=new_critic(chosen_one, model, seed=0),
+        )  # fmt: skip
+
+    with pytest.raises(EngineMismatch, match=r"6 tokens are 0.6 nats .* max_engine_gap = 0.5"):
+        learn(0.6)
+    for old, (_, weight) in zip(before, model.parameters, strict=True):
+        assert torch.equal(old, weight)
+    assert not caplog.records
+    figures = learn(0.2)
+    assert figures["engine_gap_mean"] == pytest.approx(0.2, abs=1e-4)
+    assert "0.2 nats from the trainer's" in caplog.text
 
 
 def test_not_a_number_ends_the_update_before_the_step(model: LoraModel) -> None:
@@ -228,16 +259,37 @@ def test_how_rows_are_packed_does_not_matter(base_folder: Path, options: dict[st
         samples = [
             Sample(rows, 0.7, 1.0, stale=False),
             sample(model, [3, 4, 9, 11, 12], -0.6, shift=0.02),
-            Sample((Row([3, 12], [1], [-3.0]),), 0.5, 1.0, stale=True),
+            Sample((Row([3, 12], [1], [-3.0], [0]),), 0.5, 1.0, stale=True),
         ]
+        algorithm = chosen(spec)
         figures = update(
-            model, new_optimizer(model, 1e-3, None), samples, spec, chosen(spec),
+            model, new_optimizer(model, 1e-3, None), samples, spec, algorithm,
             seed=0, token_budget=budget, on_progress=ignore,
+            critic=new_critic(algorithm, model, seed=0),
         )  # fmt: skip
         found.append([figures["loss"], figures["grad_norm"], figures["clip_fraction"]])
     assert found[0][1] > 1e-4
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4)
+
+
+def test_masked_episodes_teach_nothing_and_are_counted(model: LoraModel) -> None:
+    """Whatever the packing: the mean is over all of an episode's rows."""
+    rows = sample(model, GOOD, -1.0, shift=1.0).rows + sample(model, BAD, -1.0, shift=0.2).rows
+    away = Sample(rows, -1.0, 1.0, stale=True)
+    spec = SPEC.model_copy(update={"ratio_cap": 4.0, "clip_low": 2.0, "mask_off_policy": 0.5})
+    before = [weight.detach().clone() for _, weight in model.parameters]
+    for budget in (1, 1000):
+        figures = update(
+            model, new_optimizer(model, 1e-3, None), [away], spec, Loop(2.0, 2.0, 4.0),
+            seed=0, token_budget=budget, on_progress=ignore,
+        )  # fmt: skip
+        assert (figures["masked_fraction"], figures["grad_norm"]) == (1.0, 0.0)
+    for old, (_, weight) in zip(before, model.parameters, strict=True):
+        assert torch.equal(old, weight)
+    kept = run(model, [away], spec.model_copy(update={"mask_off_policy": 0.7}))
+    assert kept["masked_fraction"] == 0
+    assert kept["grad_norm"] > 0
 
 
 def test_the_distance_from_the_base_model_is_measured_and_punished(model: LoraModel) -> None:
@@ -261,3 +313,30 @@ def test_the_distance_from_the_base_model_is_measured_and_punished(model: LoraMo
     assert figures["kl_base"] == pytest.approx(k3, rel=1e-4)
     assert figures["loss"] == pytest.approx(k3 / SPEC.minibatch_episodes, rel=1e-4)
     assert pulled()["kl_base"] < figures["kl_base"]
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "ppo", "kto", "dpo"])
+def test_what_is_replayed_is_imitated_and_counts_in_no_other_figure(
+    base_folder: Path, algorithm: str
+) -> None:
+    """However far from who sampled it: no ratio is taken."""
+    spec = TrainingSpec.model_validate(
+        {"algorithm": algorithm, "learning_rate": 3e-3, "minibatch_episodes": 3}
+    )
+    found = []
+    for n_old in (0, 1):
+        model = LoraModel(base_folder)
+        model.attach(rank=4, alpha=8, seed=0, start=None)
+        old = sample(model, [3, 4, 11, 12, 13], 0.5, stale=True, shift=-30.0)
+        own = [sample(model, GOOD, 1.0), sample(model, BAD, -1.0)]
+        chosen_one, before = chosen(spec), answer_logprob(model, [3, 4, 11, 12, 13])
+        figures = update(
+            model, new_optimizer(model, 3e-3, None), own + [replace(old, replayed=True)] * n_old,
+            spec, chosen_one, seed=0, token_budget=64, on_progress=ignore,
+            critic=new_critic(chosen_one, model, seed=0),
+        )  # fmt: skip
+        assert figures["replayed_tokens"] == 3 * n_old
+        same = ("loss", "kl", "kl_max", "ratio_max", "engine_gap", "trained_tokens", "steps")
+        found.append([figures[name] for name in same])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert answer_logprob(model, [3, 4, 11, 12, 13]) > before + 0.01

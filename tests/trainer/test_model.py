@@ -41,7 +41,7 @@ def naive(model: LoraModel, sample: Sample) -> torch.Tensor:
     return torch.stack([logprobs[p - 1, row.token_ids[p]] for p in row.trained])
 
 
-@pytest.mark.parametrize("head_elements", [2**26, 2 * 32])  # in one piece, and two tokens a piece
+@pytest.mark.parametrize("head_elements", [2**23, 2 * 32])  # in one piece, and two tokens a piece
 def test_gradient_equals_the_naive_one(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, head_elements: int
 ) -> None:

@@ -24,6 +24,7 @@ from trainer.surrogates import (
     importance_weights,
     log_ratios,
     policy_gradient,
+    strays,
     truncated,
 )
 
@@ -150,6 +151,14 @@ def test_cutting_weights_is_the_unclipped_objectives_gradient() -> None:
     (one,) = torch.autograd.grad(weighted.value, logprobs, retain_graph=True)
     (other,) = torch.autograd.grad(unclipped, logprobs)
     torch.testing.assert_close(one, other)
+
+
+def test_blame_for_what_the_policy_has_left_is_taken_away() -> None:
+    # Mean log gaps: log 2 (away), 0 (0.5 and 2: on average still there), log 4 (but praised).
+    logprobs, batch = token_batch([[[0.5, 0.5]], [[0.5], [2.0]], [[0.25]]], [-1.0, -1.0, 1.0])
+    away = strays(logprobs.detach(), batch, 0.6)
+    assert away.tolist() == [True, True, False, False, False]
+    assert not strays(logprobs.detach(), batch, 0.7).any()
 
 
 def test_divergence_is_k3() -> None:

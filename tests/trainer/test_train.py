@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer.train
-from feedback.spec import CanarySpec
+from feedback.spec import OPTIONS, CanarySpec, TrainingSpec
 from feedback.store import Store
+from feedback.types import FeedbackEvent
 from policy.registry import Registry
 from policy.releases import Canary, Releases
 from policy.types import Adapter, AdapterRef
@@ -295,3 +297,92 @@ def test_the_verdict_of_a_promotion_has_the_figures_of_every_check(world: World)
     assert live.figures["entropy"] == pytest.approx(live.figures["entropy_base"], abs=0.1)
     assert 0 < live.figures["largest_norm"] < 0.5
     assert "off_policy_value" not in live.figures, "all of them were trained on"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # 12 of the 24 are in groups that all have spread: not few thumbs.
+        ({"algorithm": "auto"}, "loop"),
+        ({"algorithm": "ppo"}, "ppo"),
+        ({"algorithm": "dpo"}, "dpo"),
+    ],
+)
+def test_the_run_says_which_algorithm_ran(
+    world: World, options: dict[str, str], expected: str
+) -> None:
+    given = world.spec.training.model_dump(exclude_unset=True, exclude={*OPTIONS["loop"]})
+    training = TrainingSpec.model_validate({**given, **options})
+    world.spec = world.spec.model_copy(update={"training": training})
+    world.run()
+    (run,) = world.store.training_runs("line")
+    assert (run.version, run.figures["algorithm"]) == (1, expected)
+    # Whoever has a value head begins the next update with it.
+    checkpoint = Checkpoints(world.folder / "checkpoints").load(AdapterRef("line", 1))
+    assert checkpoint is not None
+    assert (checkpoint.critic is not None) == (expected == "ppo")
+    assert ("explained_variance" in run.figures) == (expected == "ppo")
+
+
+def test_what_people_said_outright_is_trained_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the six pairs that rewards make in the groups: one preferred, one corrected."""
+    given = world.spec.training.model_dump(exclude_unset=True, exclude={*OPTIONS["loop"]})
+    training = TrainingSpec.model_validate({**given, "algorithm": "dpo"})
+    world.spec = world.spec.model_copy(update={"training": training})
+    monkeypatch.setattr(world.trainer, "_encode", lambda text: [int(n) for n in text.split()])
+    said = FeedbackEvent("p", "ann", "episode-12", "preference", 1.0, 99.0, 99.0)
+    world.store.add_feedback(
+        [
+            replace(said, kind="preference", worse_id="episode-13"),
+            replace(
+                said, event_id="c", episode_id="episode-14", metric="correction", value=None,
+                kind="correction", correction="3 4 5",
+            ),
+        ]
+    )  # fmt: skip
+    world.run()
+    (run,) = world.store.training_runs("line")
+    assert (run.version, run.figures["stated_pairs"]) == (1, 2)
+    # Ten sampled tokens a side, but three and an end in the correction.
+    assert run.figures["trained_tokens"] == 6 * 20 + 20 + 10 + 4
+
+
+def test_older_successes_are_replayed_on_the_owners_word(
+    world: World, more_episodes: Callable[[Store], None]
+) -> None:
+    training = world.spec.training.model_copy(update={"replay": 0.5})
+    world.spec = world.spec.model_copy(update={"training": training})
+    world.run()
+    more_episodes(world.store)
+    world.run()
+    second, first = world.store.training_runs("line")
+    # Nothing was older than the first batch; its successes are what the second one replays.
+    assert first.figures["replayed"] == 0
+    assert 0 < second.figures["replayed"] <= second.figures["trained_episodes"]
+    assert second.figures["replayed_tokens"] > 0
+    # Nobody's state changed: all are consumed once, and none is ready again.
+    assert world.store.readiness(world.spec, live_version=2).trained == 48
+    assert world.ready() == 0
+
+
+def test_the_engine_is_compared_under_the_version_that_sampled(
+    world: World, base_folder: Path
+) -> None:
+    """Also where nothing in the batch is live's: the base sampled it all."""
+    world.run()
+    record_episodes(world.store, base_folder, first=24, shift=-0.75)
+    world.run()
+    second, first = world.store.training_runs("line")
+    assert first.figures["engine_gap_tokens"] > 0
+    assert first.figures["engine_gap_mean"] < 1e-4
+    assert second.version is None
+    assert "160 tokens are 0.75 nats from the trainer's" in second.figures["outcome"]
+
+    record_episodes(world.store, base_folder, first=48)
+    world.run()
+    third, *_ = world.store.training_runs("line")
+    # Sixteen episodes of ten tokens each, all that is compared.
+    assert (third.version, third.figures["engine_gap_tokens"]) == (2, 160)
+    assert third.figures["engine_gap_mean"] < 1e-4

@@ -8,7 +8,7 @@ storage; `choice` is the only file that knows all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -47,6 +47,9 @@ class TokenBatch:
     """Mean of |a| over the minibatch's episodes."""
     reference: Tensor | None
     """Float [N]: log p under the base model; None unless the algorithm needs it."""
+    drift: float = 0.0
+    """How far an episode of the minibatch has left the reference policy on average, in nats; 0
+    unless the algorithm needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,42 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class CriticOptions:
+    """How a value head is trained, and what its values are used for."""
+
+    gamma: float
+    """Discount of a turn, in (0, 1]."""
+    gae_lambda: float
+    """In [0, 1]: 0 trusts the values, 1 the outcome."""
+    value_clip: float
+    """Farthest that one update may move a value, as far as the loss cares."""
+    value_learning_rate: float
+    value_steps: int
+    """Optimizer steps an update, each on all its turns."""
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
-    """What an algorithm asks of the learner beyond the plain token batch; each costs something."""
+    """What an algorithm asks of the trainer beyond the plain token batch; each costs something."""
 
     whole_episodes: bool = False
     """All tokens of an episode in one microbatch, even where its rows exceed the token budget."""
     reference: bool = False
     """The base model's log-probabilities: a second forward pass, with the adapter switched off."""
+    start: bool = False
+    """In place of the logged log-probabilities, those under the version that training starts from:
+    a forward pass before the first step."""
+    drift: bool = False
+    """`TokenBatch.drift`, another forward pass. The reference is the base model if that is needed
+    too, else the behaviour policy."""
+    critic: CriticOptions | None = None
+    """Advantages by a value head, a turn each. `advantages` are then the returns, and none is too
+    small to train on."""
+    pairs: Literal["both", "better"] | None = None
+    """both: two episodes of a task as one sample, the better one's tokens with advantage +1, the
+    other's -1. better: whatever somebody said is better, as a sample beside the episodes."""
+    error_weight: float = 1.0
+    """What the tokens of turns that were errors weigh."""
 
 
 class Algorithm(Protocol):

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from feedback.spec import OPTIONS, TrainingSpec
 from trainer.algorithms import Algorithm
 from trainer.algorithms.cispo import Cispo
+from trainer.algorithms.dpo import Dpo
 from trainer.algorithms.dr_grpo import DrGrpo
 from trainer.algorithms.grpo import Grpo
+from trainer.algorithms.kto import Kto
 from trainer.algorithms.loop import Loop
 from trainer.algorithms.positive import Positive
+from trainer.algorithms.ppo import Ppo
 from trainer.algorithms.reinforce_pp import ReinforcePlusPlus
 from trainer.algorithms.rloo import Rloo
+from trainer.algorithms.sft import Sft
 from trainer.algorithms.spo import Spo
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
@@ -24,6 +28,10 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "spo": Spo,
     "cispo": Cispo,
     "positive": Positive,
+    "ppo": Ppo,
+    "kto": Kto,
+    "dpo": Dpo,
+    "sft": Sft,
 }
 
 
