@@ -26,6 +26,8 @@ MOST_KEPT = 4.0
 def can_share(model: Any) -> bool:
     """Whether attention, and full attention only, is all that its layers do across tokens."""
     config = model.config.get_text_config()
+    # With `_supports_attention_backend` a model promises to hand attention what it is not told of,
+    # as vLLM's own backend needs too: that is how `prefixes` gets there.
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     return (
