@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import secrets
 import time
@@ -23,6 +22,7 @@ from feedback.types import Episode, Purpose, Turn
 from policy.generation import Generation
 from policy.types import AdapterRef
 from server.background import cancel
+from server.conversations import Conversations, beginnings, digest
 from server.errors import Conflict, Forbidden
 from server.uncancelled import to_the_end
 
@@ -69,8 +69,8 @@ class ChatCall:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """Of the messages, one each."""
-        return tuple(_digest(message) for message in self.messages)
+        """See `server.conversations.beginnings`."""
+        return beginnings(self.messages)
 
 
 @dataclass(slots=True)
@@ -84,14 +84,12 @@ class OpenEpisode:
     task_key: str
     purpose: Purpose
     metadata: Mapping[str, str]
-    digests: tuple[str, ...] = ()
-    """Of the messages of the last call that was answered, one each."""
     reply: str = ""
     """What was sampled last."""
     begun: bool = False
     """Its begin is on record."""
     in_doubt: bool = False
-    """Its begin may be on record: the commit got no answer."""
+    """Its begin, with its first turn, may be on record: the commit got no answer."""
     doubtful: Turn | None = None
     """The last turn, if it may be on record: its commit got no answer."""
     n_turns: int = 0
@@ -113,6 +111,7 @@ class PlainTraffic:
         self._idle_seconds = idle_seconds
         self._is_reply = is_reply
         self._open: dict[str, OpenEpisode] = {}
+        self._said = Conversations()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -158,7 +157,7 @@ class PlainTraffic:
         episode.active -= 1
         episode.touched_at = time.monotonic()
         if not (episode.active or episode.begun or episode.in_doubt):
-            self._open.pop(episode.id, None)
+            self._forget(episode)
 
     async def record(self, episode: OpenEpisode, call: ChatCall, generation: Generation) -> None:
         """Append one generation as the next turn, durably. Raises what the log raises.
@@ -169,16 +168,20 @@ class PlainTraffic:
 
     async def _append(self, episode: OpenEpisode, call: ChatCall, generation: Generation) -> None:
         async with episode.lock:
+            is_first = not (episode.begun or episode.in_doubt)
             if not episode.begun:
                 await self._begin(episode, generation)
             if episode.doubtful is not None:
                 # Else this turn would be the second of its number, and so all that follow.
                 await self._append_turn(episode, episode.doubtful)
-            turn = _turn(episode.n_turns, generation, episode.temperature)
-            await self._append_turn(episode, turn)
-            if generation.token_ids:
+            if not is_first:
+                turn = _turn(episode.n_turns, generation, episode.temperature)
+                await self._append_turn(episode, turn)
+            is_here = self._open.get(episode.id) is episode
+            if is_here and generation.token_ids and call.digests:
                 # Not before: a client that got no answer sends the same messages again.
-                episode.digests, episode.reply = call.digests, generation.text
+                self._said.put(episode.id, _caller_of(call), call.digests[-1])
+                episode.reply = generation.text
 
     async def _append_turn(self, episode: OpenEpisode, turn: Turn) -> None:
         try:
@@ -196,7 +199,7 @@ class PlainTraffic:
         async with episode.lock:
             is_here = self._open.get(episode.id) is episode
             if is_here and await self._is_told(episode, episode.ended_as):
-                self._open.pop(episode.id)
+                self._forget(episode)
 
     async def end_by_name(self, episode_id: str, tenant: str) -> bool:
         """End a tenant's open episode as its client asks; False if it has none of that name open.
@@ -236,17 +239,19 @@ class PlainTraffic:
         return True
 
     async def _begin(self, episode: OpenEpisode, generation: Generation) -> None:
-        if not episode.in_doubt:
+        """With its first turn: one commit, and both are on record or neither."""
+        if episode.doubtful is None:
             episode.temperature = generation.sampling.temperature
+        first = episode.doubtful or _turn(0, generation, episode.temperature)
         try:
-            await self._log.begin(_begun(episode, generation.started_at))
+            await self._log.begin(_begun(episode, first))
         except EpisodeExists:
             if not episode.in_doubt:
                 raise  # somebody else's of that name
         except OutcomeUnknown:
-            episode.in_doubt = True
+            episode.in_doubt, episode.doubtful = True, first
             raise
-        episode.begun = True
+        episode.begun, episode.doubtful, episode.n_turns = True, None, 1
 
     def _opened(self, call: ChatCall) -> OpenEpisode:
         return OpenEpisode(
@@ -261,21 +266,22 @@ class PlainTraffic:
         )
 
     def _extended_by(self, call: ChatCall) -> OpenEpisode | None:
-        """The youngest open episode whose last call and reply begin this conversation."""
-        for episode in reversed(self._open.values()):
-            known = len(episode.digests)
+        """The open episode whose last call and reply begin this conversation, as far as one does:
+        of several the youngest."""
+        for known, episode_id in self._said.begun_by(_caller_of(call), call.digests):
+            episode = self._open[episode_id]
             if (
-                episode.tenant == call.tenant
-                and episode.caller == call.caller
-                and call.follows in (None, episode.id)
+                call.follows in (None, episode_id)
                 and not episode.active
                 and episode.ended_as is None
-                and 0 < known < len(call.digests)
-                and call.digests[:known] == episode.digests
                 and self._is_reply(episode.reply, call.messages[known])
             ):
                 return episode
         return None
+
+    def _forget(self, episode: OpenEpisode) -> None:
+        self._open.pop(episode.id, None)
+        self._said.forget(episode.id)
 
     async def _sweep(self) -> None:
         while True:
@@ -309,7 +315,7 @@ def foreign(episode_id: str) -> Forbidden:
 
 def task_key_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """The same opening is the same task, so that repeated questions share a baseline."""
-    digests = "".join(_digest(message) for message in messages)
+    digests = "".join(digest(message) for message in messages)
     return f"chat/{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
 
 
@@ -334,17 +340,22 @@ def _check_same(episode: OpenEpisode, call: ChatCall) -> None:
         )
 
 
-def _begun(episode: OpenEpisode, started_at: float) -> Episode:
+def _caller_of(call: ChatCall) -> str:
+    return f"{call.tenant}\0{call.caller}"
+
+
+def _begun(episode: OpenEpisode, first: Turn) -> Episode:
     return Episode(
         id=episode.id,
         policy=episode.adapter.policy,
         version=episode.adapter.version,
         task_key=episode.task_key,
-        started_at=started_at,
+        started_at=first.started_at,
         tenant=episode.tenant,
         purpose=episode.purpose,
         temperature=episode.temperature,
         metadata=episode.metadata,
+        turns=(first,),
     )
 
 
@@ -366,9 +377,3 @@ def _turn(index: int, generation: Generation, temperature: float) -> Turn:
         started_at=generation.started_at,
         seconds=generation.seconds,
     )
-
-
-def _digest(message: Mapping[str, Any]) -> str:
-    # Clients repeat a message with or without its null fields.
-    said = {key: value for key, value in message.items() if value is not None}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

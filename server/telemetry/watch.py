@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from feedback.events import Receipt
@@ -109,8 +110,10 @@ class WatchedLog:
 
     async def begin(self, episode: Episode) -> None:
         await self._log.begin(episode)
-        self._running[episode.id] = episode
-        self._watcher.begun(episode)
+        self._running[episode.id] = without_turns = replace(episode, turns=())
+        self._watcher.begun(without_turns)
+        for turn in episode.turns:
+            self._tell_turn(episode.id, turn)
 
     async def begin_run(self, episode: Episode, run: NewRun) -> None:
         await self._log.begin_run(episode, run)
