@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
@@ -59,7 +60,7 @@ class TappedClient(AsyncLLM):
             sampling_params.n,
         )
         if sampling_params.logprobs is None:
-            sampling_params.logprobs = 0
+            for_the_record(sampling_params)
         pieces = self.sample(prompt, sampling_params, request_id, **kwargs)
         return _recorded(pieces, recorder, self.on_generation)
 
@@ -75,6 +76,15 @@ class TappedClient(AsyncLLM):
                 if piece is None:
                     return
                 yield piece
+
+    async def _add_request(self, request: Any, *args: Any) -> None:
+        await super()._add_request(request, *args)
+        if request.sampling_params.flat_logprobs:
+            # Nobody reads these tokens one by one: a third of what log-probabilities cost here is
+            # decoding them.
+            state = self.output_processor.request_states.get(request.request_id)
+            if state is not None:
+                state.logprobs_processor.tokenizer = None
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         with self._watch.guard():
@@ -112,9 +122,19 @@ async def _recorded(
         recorder.report(on_generation)
 
 
+def for_the_record(params: SamplingParams) -> None:
+    """Have vLLM give each sampled token's log-probability, in the form that costs least."""
+    params.logprobs, params.flat_logprobs = 0, True
+
+
 def _sampled_logprobs(output: CompletionOutput) -> list[float]:
-    """Log-probability of each sampled id; vLLM gives a mapping of candidates per position."""
+    """Log-probability of each sampled id; where clients ask for more, vLLM gives a mapping of
+    candidates per position."""
     rows = output.logprobs or ()
+    if isinstance(rows, FlatLogprobs):
+        if rows.token_ids != list(output.token_ids):
+            raise ValueError(f"log-probabilities of {rows.token_ids}, not {output.token_ids}")
+        return list(rows.logprobs)
     return [row[token].logprob for row, token in zip(rows, output.token_ids, strict=True)]
 
 

@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, PromptTooLong
 from policy.probe import judge_probe
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
-from policy.vllm_engine.client import TappedClient, delta_of
+from policy.vllm_engine.client import TappedClient, delta_of, for_the_record
 
 _SHUTDOWN_SECONDS = 5.0
 
@@ -59,9 +59,9 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
             seed=sampling.seed,
-            logprobs=0,
             output_kind=RequestOutputKind.DELTA,
         )
+        for_the_record(params)
         # The last delta is held back until vLLM is done with the request: a caller that stops
         # reading there would otherwise abort what has ended.
         last: Delta | None = None
