@@ -23,16 +23,9 @@ POLL_SECONDS = 10.0
 class QuarantineWatch:
     """Follows every policy whose owner asked for it."""
 
-    def __init__(
-        self,
-        store: Store,
-        specs: Collection[LearningSpec],
-        *,
-        poll_seconds: float = POLL_SECONDS,
-    ) -> None:
+    def __init__(self, store: Store, specs: Collection[LearningSpec]) -> None:
         self._store = store
         self._specs = [spec for spec in specs if spec.reward.trust.quarantine is not None]
-        self._poll_seconds = poll_seconds
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -65,4 +58,4 @@ class QuarantineWatch:
             except Exception:
                 # A locked database passes; what deviates now deviates at the next look.
                 logger.exception("could not look for sources that deviate; trying again")
-            await asyncio.sleep(self._poll_seconds)
+            await asyncio.sleep(POLL_SECONDS)

@@ -48,15 +48,12 @@ class JudgeWatch:
         log: WatchedLog,
         posts: Sequence[Post],
         text: Callable[[Sequence[int]], str],
-        *,
-        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """`text` gives a prompt's ids in words."""
         self._store = store
         self._log = log
         self._posts = posts
         self._text = text
-        self._poll_seconds = poll_seconds
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -71,11 +68,11 @@ class JudgeWatch:
 
     async def _follow(self, post: Post) -> None:
         failures: Counter[str] = Counter()
-        pause = self._poll_seconds
+        pause = POLL_SECONDS
         while True:
             try:
                 await self._judge_some(post, failures)
-                pause = self._poll_seconds
+                pause = POLL_SECONDS
             except JudgeAway as error:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 logger.warning(

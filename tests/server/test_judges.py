@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from server.agents.spec import AgentFileError, load_agent
+from server.judges import watch
 from tests.server.house import AGENT, House, running, scripted_parts, settings_in, write_agent
 
 
@@ -54,7 +55,8 @@ class Peer:
 
 
 @pytest.fixture
-def peer() -> Iterator[Peer]:
+def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.1)
     opened = Peer()
     yield opened
     opened.close()

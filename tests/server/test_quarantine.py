@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server import cli
+from server import cli, quarantine
 from server.errors import TooManyRequests
 from server.quarantine import QuarantineWatch
 from server.source_limits import SourceLimits
@@ -64,7 +64,8 @@ def test_a_forger_is_found_shown_and_released(tmp_path: Path) -> None:
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "ruling_not_found")
 
 
-def test_the_watch_looks_by_itself(tmp_path: Path) -> None:
+def test_the_watch_looks_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "POLL_SECONDS", 0.2)
     write_agent(tmp_path, GUARDED)
     with running(settings_in(tmp_path), scripted_parts(tmp_path)) as house:
         judged_by(house, "a", "b", "c", "d", "forger")
