@@ -59,7 +59,7 @@ if [ -n "$extra_index" ]; then
     export UV_INDEX_STRATEGY=unsafe-best-match # as pip does: all indexes are one pool
 fi
 
-set -- --editable ".[$engine,demo,dev]"
+set -- --editable ".[$engine,parquet,demo,dev]"
 if [ "$engine" = cpu ]; then
     # vLLM for GPUs fixes what it needs by itself, and differently.
     set -- "$@" --constraint deploy/constraints.txt --override deploy/overrides.txt

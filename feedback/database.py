@@ -66,6 +66,14 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{_WRITES: True})
 
 
+def snapshots(engine: Engine) -> Engine:
+    """The same database, for transactions that read several things as of one moment. On SQLite all
+    do."""
+    if engine.dialect.name != "postgresql":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ")
+
+
 def insert_absent(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that leaves out rows whose key is taken, also by one who commits meanwhile."""
     kinds: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}

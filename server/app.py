@@ -58,6 +58,7 @@ from server.retention import Retention
 from server.routes import (
     agents,
     episodes,
+    export,
     feedback,
     health,
     keys,
@@ -169,7 +170,7 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
     install_error_handlers(app)
     for module in (
         *(health, models, responses, agents, feedback, quarantine, webhooks),
-        *(runs, episodes, policies, training, metrics, keys),
+        *(runs, episodes, export, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
     describe(app)

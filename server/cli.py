@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -285,6 +285,48 @@ def quarantine(
         if number is not None:
             client.post(f"/v1/feedback/quarantine/{number}/{verb}", {"reason": reason})
     _print(views.quarantine_view(client.get("/v1/feedback/quarantine")["data"]))
+
+
+@app.command()
+def export(
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="File of the episodes; default: standard output.")
+    ] = None,
+    feedback: Annotated[Path | None, typer.Option(help="File of what was said of them.")] = None,
+    format: Annotated[
+        Literal["jsonl", "parquet"] | None,
+        typer.Option(help="Default: as --output ends, else jsonl."),
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's; default: all.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Only this policy's.")] = None,
+    agent: Annotated[str | None, typer.Option(help="Only this agent's.")] = None,
+    purpose: Annotated[
+        Literal["live", "practice", "evaluation", "shadow"] | None, typer.Option()
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="That began then or later (ISO, UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="That began before; default: now.")] = None,
+    texts: Annotated[bool, typer.Option(help="With what models, tools and people said.")] = True,
+    tokens: Annotated[bool, typer.Option(help="With token ids and logprobs.")] = True,
+    config: ConfigFlag = None,
+) -> None:
+    """Write the record to files, JSONL or Parquet: docs/export.md says what is in them."""
+    from feedback.export import ExportQuery  # noqa: PLC0415 - for this command only
+    from server.commands import record  # noqa: PLC0415
+    from server.export.rows import Contents  # noqa: PLC0415
+
+    now = time.time()
+    last = record.moment("--until", until)
+    query = ExportQuery(
+        until=now if last is None else min(now, last),
+        since=record.moment("--since", since),
+        tenant=tenant, policy=policy, agent=agent, purpose=purpose,
+    )  # fmt: skip
+    targets = record.Targets(record.target_format(format, output), output, feedback)
+    contents = Contents(texts=texts, tokens=tokens)
+    done = record.export(_settings({"config": config}), query, targets, contents)
+    said = "" if feedback is None else f" and {done.events:,} statements on them"
+    Console(stderr=True).print(f"{done.episodes:,} episodes{said} in {done.seconds:.1f} s")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from policy.registry import Registry
 from policy.releases import Releases
 from server.access.gate import Access
 from server.agents.run import Agent
+from server.agents.spec import learning_of
 from server.canary import CanaryDecider
 from server.errors import Unavailable
 from server.plain_traffic import PlainTraffic
@@ -73,13 +74,9 @@ class Services:
         return {name: agent for name, agent in mine if agent.spec.tenant == tenant}
 
     def learning(self, policy: str, agent: str | None = None) -> LearningSpec:
-        """What counts as reward, and when to train: the agent's word, else its policy's first."""
-        if agent is not None and agent in self.agents:
-            return self.agents[agent].spec.learning
-        for served in self.agents.values():
-            if served.spec.policy == policy:
-                return served.spec.learning
-        return LearningSpec(policy=policy)
+        """As `learning_of`, of the agents that are served."""
+        specs = {name: served.spec for name, served in self.agents.items()}
+        return learning_of(specs, policy, agent)
 
 
 def services_of(app: FastAPI) -> Services:

@@ -85,6 +85,8 @@ NEEDS: Mapping[str, Needs] = {
     "GET /v1/episodes": READS,
     "GET /v1/episodes/{episode_id}": READS,
     "POST /v1/episodes/{episode_id}/end": USES,
+    "GET /v1/export/episodes": ADMIN,
+    "GET /v1/export/feedback": ADMIN,
     "POST /v1/feedback": Needs(("feedback",)),
     "GET /v1/feedback/quarantine": ADMIN,
     "POST /v1/feedback/quarantine/{ruling_id}/release": ADMIN,

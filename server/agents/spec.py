@@ -215,6 +215,18 @@ def load_agents(folder: Path) -> dict[str, AgentSpec]:
     return agents
 
 
+def learning_of(
+    agents: Mapping[str, AgentSpec], policy: str, agent: str | None = None
+) -> LearningSpec:
+    """What counts as reward, and when to train: the agent's word, else its policy's first."""
+    if agent is not None and agent in agents:
+        return agents[agent].learning
+    for spec in agents.values():
+        if spec.policy == policy:
+            return spec.learning
+    return LearningSpec(policy=policy)
+
+
 def _check_shared_policies(agents: Mapping[str, AgentSpec], files: Mapping[str, Path]) -> None:
     """Agents may share a policy; then they must agree on how it learns, for it learns once, and
     be one tenant's: what it learned from one tenant's episodes may not answer another's."""

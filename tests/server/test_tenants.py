@@ -268,6 +268,12 @@ def episode(street: Street) -> None:
         refused(street.bolt.http.get(f"/v1/episodes/{id}"), "episode_not_found")
 
 
+def exported(street: Street, what: str) -> None:
+    seen = street.acme.http.get(f"/v1/export/{what}").text
+    assert street.acme.run in seen
+    assert "acme" not in street.bolt.http.get(f"/v1/export/{what}").text
+
+
 def end(street: Street) -> None:
     for id in (street.acme.run, street.acme.plain):
         refused(street.bolt.http.post(f"/v1/episodes/{id}/end"), "episode_not_found")
@@ -387,6 +393,8 @@ TRIED: dict[str, Callable[[Street], None]] = {
     "GET /v1/episodes": episodes,
     "GET /v1/episodes/{episode_id}": episode,
     "POST /v1/episodes/{episode_id}/end": end,
+    "GET /v1/export/episodes": lambda street: exported(street, "episodes"),
+    "GET /v1/export/feedback": lambda street: exported(street, "feedback"),
     "POST /v1/feedback": feedback,
     "GET /v1/feedback/quarantine": rulings,
     "POST /v1/feedback/quarantine/{ruling_id}/release": lambda street: decides(street, "release"),
