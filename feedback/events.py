@@ -1,8 +1,9 @@
 """Feedback events in the database: append-only, each (tenant, source, event id) once, for ever.
 
 Events may name an episode or a task that does not exist yet: they are stored, called parked, and
-count once it appears. What they are worth is `feedback.reward`'s to say, and which episode of a
-task is meant `feedback.addressing`'s.
+count once it appears. One that names a task and has an episode, too, was about an attempt that
+`feedback.removal` deleted: it counts no more, and is known if it is sent again. What events are
+worth is `feedback.reward`'s to say, and which episode of a task is meant `feedback.addressing`'s.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sqlalchemy import (
 )
 
 from feedback import amendments
-from feedback.addressing import addressed
+from feedback.addressing import Begun, addressed
 from feedback.database import insert_absent
 from feedback.locks import lock_items
 from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM, SHORT_TASK
@@ -116,7 +117,11 @@ def of_episodes(
     if it is the one that is meant."""
     found: dict[tuple[str, str], list[tuple[int, FeedbackEvent]]] = {}
     for (tenant,), some in _batches(keys):
-        query = select(FEEDBACK).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.episode_id.in_(some))
+        query = select(FEEDBACK).where(
+            FEEDBACK.c.tenant == tenant,
+            FEEDBACK.c.episode_id.in_(some),
+            FEEDBACK.c.task_key.is_(None),
+        )
         rows = [(str(row.episode_id), row) for row in connection.execute(query)]
         for id, row in (*rows, *_on_tasks(connection, tenant, some)):
             found.setdefault((tenant, id), []).append((row.id, _event(row)))
@@ -169,6 +174,17 @@ def unheard_of(
         .limit(limit)
     )
     return list(connection.execute(query).scalars())
+
+
+def attempts(connection: Connection, tenant: str, task_key: str) -> list[Begun]:
+    """A task's episodes that can be meant by what is said of it, in order."""
+    query = _attempts(tenant, task_key).order_by(EPISODE.c.started_at, EPISODE.c.id)
+    return [(row.started_at, row.id) for row in connection.execute(query)]
+
+
+def is_attempted(tenant: ColumnElement[str], task_key: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether there is any, as part of a statement."""
+    return exists().where(*_are_attempts(tenant, task_key))
 
 
 def is_open() -> ColumnElement[bool]:
@@ -226,30 +242,34 @@ def _on_tasks(
     """(episode id, event) of all that was said of these episodes' tasks and is about them."""
     tasks = select(EPISODE.c.task_key).where(EPISODE.c.id.in_(ids), EPISODE.c.tenant == tenant)
     said = connection.execute(
-        select(FEEDBACK).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.task_key.in_(tasks))
+        select(FEEDBACK).where(
+            FEEDBACK.c.tenant == tenant,
+            FEEDBACK.c.task_key.in_(tasks),
+            FEEDBACK.c.episode_id.is_(None),
+        )
     ).all()
-    attempts = {
-        task: [(row.started_at, row.id) for row in connection.execute(_in_order(tenant, task))]
-        for task in {row.task_key for row in said}
-    }
+    begun = {task: attempts(connection, tenant, task) for task in {row.task_key for row in said}}
     for row in said:
-        id = addressed(attempts[row.task_key], row.event_time)
+        id = addressed(begun[row.task_key], row.event_time)
         if id is not None and id in ids:
             yield id, row
 
 
 def _attempts(tenant: str, task_key: str) -> Select[Any]:
+    return select(EPISODE.c.started_at, EPISODE.c.id).where(*_are_attempts(tenant, task_key))
+
+
+def _are_attempts(
+    tenant: str | ColumnElement[str], task_key: str | ColumnElement[str]
+) -> list[ColumnElement[bool]]:
     """A task's episodes. Held-out ones are judged by whoever runs them, and by nobody else."""
-    return select(EPISODE.c.started_at, EPISODE.c.id).where(
+    is_short: Any = text(SHORT_TASK)
+    return [
         EPISODE.c.tenant == tenant,
         EPISODE.c.task_key == task_key,
-        text(SHORT_TASK),
+        is_short,
         EPISODE.c.purpose != "evaluation",
-    )
-
-
-def _in_order(tenant: str, task_key: str) -> Select[Any]:
-    return _attempts(tenant, task_key).order_by(EPISODE.c.started_at, EPISODE.c.id)
+    ]
 
 
 def _known(connection: Connection, keys: Sequence[_Key]) -> dict[_Key, FeedbackEvent]:
@@ -333,4 +353,8 @@ def _values(event: FeedbackEvent) -> dict[str, Any]:
 
 
 def _event(row: Row[Any]) -> FeedbackEvent:
-    return FeedbackEvent(**{name: getattr(row, name) for name in _COLUMNS})
+    """As it was sent: what names a task names no episode, whichever it was tied to."""
+    values = {name: getattr(row, name) for name in _COLUMNS}
+    if row.task_key is not None:
+        values["episode_id"] = None
+    return FeedbackEvent(**values)

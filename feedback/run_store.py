@@ -150,6 +150,13 @@ class RunStore:
         with self._writing.begin() as connection:
             connection.execute(delete(SERVER_LEASE).where(SERVER_LEASE.c.owner == owner))
 
+    def is_first(self, now: float) -> bool:
+        """Whether this is the server that does what one of those that are alive has to do."""
+        alive = select(SERVER_LEASE.c.owner).where(SERVER_LEASE.c.expires_at > now)
+        with self._database.connect() as connection:
+            first = connection.scalar(alive.order_by(SERVER_LEASE.c.owner).limit(1))
+        return bool(first == self.owner)
+
     def servers(self) -> list[str]:
         """Those that have not said that they ended."""
         with self._database.connect() as connection:
@@ -310,7 +317,7 @@ def _locked(connection: Connection, id: str, tenant: str) -> Row[Any]:
         raise EpisodeMissing(f"run {id[:140]!r} does not exist")
     episodes.running(connection, id)
     row = _row(connection, id, tenant)
-    assert row is not None  # noqa: S101 - narrows: runs are never deleted
+    assert row is not None  # noqa: S101 - narrows: a run goes with its episode only
     return row
 
 

@@ -26,6 +26,18 @@ class StorageSettings(BaseModel):
         "them. Without it they poll, and each counts for itself.",
     )
 
+    keep_days: float | None = Field(
+        None,
+        ge=1,
+        description="Episodes that ended longer ago are deleted, unless they may still be learned "
+        "from. None: never.",
+    )
+    keep_parked_days: float | None = Field(
+        None,
+        ge=1,
+        description="Feedback that waits for its episode longer than this is deleted. None: never.",
+    )
+
     @field_validator("database")
     @classmethod
     def _is_a_records(cls, value: str) -> str:

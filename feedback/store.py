@@ -181,7 +181,7 @@ class Store:
         now: float | None = None,
     ) -> list[Outcome]:
         """The matured rewards of these versions' episodes, in the order they became known."""
-        self._settle(spec, _or_now(now))
+        self.settle(spec, _or_now(now))
         with self.database.connect() as connection:
             return outcomes.known(
                 connection, spec.policy, versions,
@@ -197,7 +197,7 @@ class Store:
         self, spec: LearningSpec, version: int, *, limit: int, now: float | None = None
     ) -> list[RewardedEpisode]:
         """Matured episodes of `version` that no training run has taken, the newest first."""
-        self._settle(spec, _or_now(now))
+        self.settle(spec, _or_now(now))
         with self.database.connect() as connection:
             rewards = outcomes.held_aside(
                 connection, spec.policy, version, limit=limit, now=_or_now(now)
@@ -219,7 +219,7 @@ class Store:
         missing = spec.training.missing
         if missing is None:
             return []
-        self._settle(spec, _or_now(now))
+        self.settle(spec, _or_now(now))
         near = ready.near_versions(spec.training, live_version, None)
         with self.database.connect() as connection:
             return arrivals.seen(
@@ -236,7 +236,7 @@ class Store:
         now: float | None = None,
     ) -> Readiness:
         """Why training is, or is not, under way. For `oldest_version` see `claim`."""
-        self._settle(spec, _or_now(now))
+        self.settle(spec, _or_now(now))
         near = ready.near_versions(spec.training, live_version, oldest_version)
         with self.database.connect() as connection:
             return ready.readiness(connection, spec, near, _or_now(now))
@@ -256,7 +256,7 @@ class Store:
         `oldest_version` is the lowest whose episodes are fresh enough; without it, the one whose
         number is `max_staleness` below the live one's.
         """
-        self._settle(spec, _or_now(now))
+        self.settle(spec, _or_now(now))
         with self._writing.begin() as connection:
             grant = claims.grant(
                 connection,
@@ -329,7 +329,8 @@ class Store:
         with self.database.connect() as connection:
             return claims.runs(connection, policy, limit)
 
-    def _settle(self, spec: LearningSpec, now: float) -> None:
+    def settle(self, spec: LearningSpec, now: float) -> None:
+        """Work out the rewards of whatever changed; who asks for them has it done anyway."""
         with self.database.connect() as connection:
             more = ready.unsettled(connection, spec, now)
         while more:

@@ -28,7 +28,7 @@ class Readiness:
     """Held by a run that is under way."""
     trained: int
     dropped: Mapping[str, int]
-    """By reason: no_turns, no_logprobs, no_outcome, stale."""
+    """By reason: no_turns, no_logprobs, no_outcome, stale, expired."""
     triggered: bool
     """Whether a claim would be granted now."""
     why: str

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from feedback.keys import ApiKeys
 from feedback.log import Log
+from feedback.pruning import Pruning
 from feedback.run_store import RunStore
 from feedback.spec import ShadowSpec
 from feedback.store import Store
@@ -51,6 +52,7 @@ from server.middleware import BoundedBody, RequestIds
 from server.plain_http import PATHS, PlainEpisodes, PlainServices, collect
 from server.plain_responses import AskedResponse
 from server.plain_traffic import PlainTraffic
+from server.pruner import Pruner
 from server.quarantine import QuarantineWatch
 from server.release_controller import ReleaseController
 from server.response_store import ResponseStore
@@ -262,7 +264,11 @@ async def _start(
         waits = run_store.is_pinned(ref.policy, ref.version)
         return waits or ref in engine.loaded or bool(leases.count(ref))
 
-    _run(Retention(releases, registry, in_use, keep=settings.model.keep_versions), stack)
+    for part in (
+        Retention(releases, registry, in_use, keep=settings.model.keep_versions),
+        _pruner(settings, specs, counted, store=store, releases=releases, runs=run_store),
+    ):
+        _run(part, stack)
 
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
     agent_policies = {spec.name: spec.policy for spec in specs.values()}
@@ -337,6 +343,27 @@ def _open_access(
     limits = Limits(settings.limits, Counters(settings.storage.redis, missed))
     _run(limits, stack)
     return Access(ring, limits)
+
+
+def _pruner(
+    settings: Settings,
+    specs: Mapping[str, AgentSpec],
+    counted: Metrics | None,
+    *,
+    store: Store,
+    releases: Releases,
+    runs: RunStore,
+) -> Pruner:
+    """What deletes old episodes, if anything does."""
+    pruning = Pruning(
+        store,
+        releases,
+        {spec.policy: spec.learning for spec in specs.values()},
+        keep_days=settings.storage.keep_days,
+        keep_parked_days=settings.storage.keep_parked_days,
+    )
+    told = (lambda pruned: None) if counted is None else counted.pruned
+    return Pruner(pruning, runs.is_first, told=told)
 
 
 def _shadowed(specs: Mapping[str, AgentSpec]) -> dict[str, ShadowSpec]:

@@ -330,6 +330,30 @@ def export(
 
 
 @app.command()
+def prune(
+    *,
+    days: Annotated[
+        float | None,
+        typer.Option(min=1, help="Of episodes; default: as configured, storage.keep_days."),
+    ] = None,
+    parked_days: Annotated[
+        float | None, typer.Option(min=1, help="Of feedback without an episode, likewise.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much.")] = False,
+    config: ConfigFlag = None,
+) -> None:
+    """Delete old episodes now; what may still be learned from stays, however old it is."""
+    from server.commands import record  # noqa: PLC0415 - for this command only
+    from server.pruner import said  # noqa: PLC0415
+
+    done = record.prune(
+        _settings({"config": config}),
+        keep_days=days, keep_parked_days=parked_days, is_trial=dry_run,
+    )  # fmt: skip
+    _print(said(done, "would delete" if dry_run else "deleted"))
+
+
+@app.command()
 def train(config: ConfigFlag = None) -> None:
     """Train once on what is ready; progress is shown. A running server proves what comes of it."""
     settings = _settings({"config": config})

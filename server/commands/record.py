@@ -1,6 +1,6 @@
-"""`hone export`: from the record itself, beside a running server or without one.
+"""`hone export` and `hone prune`: the record itself, beside a running server or without one.
 
-It opens the database of the settings, so it is for whoever may read that; over HTTP a tenant's
+They open the database of the settings, so they are for whoever may do that; over HTTP a tenant's
 admin has `GET /v1/export`.
 """
 
@@ -18,7 +18,10 @@ from pathlib import Path
 from feedback.database import read_url
 from feedback.errors import RecordUnavailable
 from feedback.export import ExportQuery, pages
+from feedback.pruning import Pruning
+from feedback.removal import Pruned
 from feedback.store import Store
+from policy.releases import Releases
 from server.agents.spec import AgentFileError, AgentSpec, learning_of, load_agents
 from server.commands.client import CommandError
 from server.export.files import Add, Format, ParquetMissing, Table, whole_file, writing_rows
@@ -61,6 +64,32 @@ def export(
     except OSError as error:
         raise CommandError(f"cannot write the export: {error}") from error
     except (ParquetMissing, RecordUnavailable) as error:
+        raise CommandError(str(error)) from error
+    finally:
+        store.close()
+
+
+def prune(
+    settings: Settings, *, keep_days: float | None, keep_parked_days: float | None, is_trial: bool
+) -> Pruned:
+    """Delete what is old, or only count it; days default to the settings'. Raises CommandError."""
+    storage = settings.storage
+    if keep_days is None and keep_parked_days is None:
+        keep_days, keep_parked_days = storage.keep_days, storage.keep_parked_days
+    specs = {spec.policy: spec.learning for spec in agents_of(settings).values()}
+    store = open_record(settings)
+    try:
+        pruning = Pruning(
+            store, Releases(store.database), specs,
+            keep_days=keep_days, keep_parked_days=keep_parked_days,
+        )  # fmt: skip
+        if not pruning.is_on:
+            raise CommandError(
+                "nothing is ever deleted: storage.keep_days is not set; say --days, for example "
+                "`hone prune --days 90 --dry-run`"
+            )
+        return sum(pruning.batches(time.time(), is_trial=is_trial), start=Pruned())
+    except RecordUnavailable as error:
         raise CommandError(str(error)) from error
     finally:
         store.close()

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from feedback.events import Receipt
+from feedback.removal import Pruned
 from feedback.training import TrainingRun
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.releases import ReleaseEvent
@@ -102,6 +103,14 @@ class Metrics:
         self._limit_fallbacks = self._counter(
             "hone_limit_fallbacks", "Counts for limits that Redis missed."
         )
+
+        self._pruned = self._counter("hone_pruned", "Deleted from the record, being old.", "what")
+
+    def pruned(self, done: Pruned) -> None:
+        """A batch was deleted."""
+        self._pruned.labels("episodes").inc(done.episodes.total())
+        self._pruned.labels("feedback").inc(done.feedback)
+        self._pruned.labels("parked_feedback").inc(done.parked)
 
     def limit_fell_back(self) -> None:
         """A process counted for a limit by itself."""

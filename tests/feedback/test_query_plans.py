@@ -9,12 +9,15 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 
+from feedback.export import ExportQuery, pages
 from feedback.outcomes import Copies
+from feedback.pruning import Pruning
 from feedback.run_store import RunStore
 from feedback.runs import Decision
 from feedback.spec import LearningSpec, MissingSpec, RewardSpec, TrainingSpec
 from feedback.store import Store
-from tests.feedback.record_samples import episode, event, judged, turn
+from policy.releases import Releases
+from tests.feedback.record_samples import episode, event, judged, on_task, turn
 from tests.feedback.run_samples import paused
 
 SPEC = LearningSpec(policy="desk", training=TrainingSpec(min_episodes=1))
@@ -22,13 +25,13 @@ SPEC = LearningSpec(policy="desk", training=TrainingSpec(min_episodes=1))
 
 @pytest.fixture
 def statements(store: Store) -> dict[str, Any]:
-    """Every SELECT and UPDATE that ran, with its parameters."""
+    """Every SELECT, UPDATE and DELETE that ran, with its parameters."""
     seen: dict[str, Any] = {}
 
     def remember(
         _connection: Connection, _cursor: object, statement: str, parameters: Any, *rest: Any
     ) -> None:
-        if statement.startswith(("SELECT", "UPDATE")):
+        if statement.startswith(("SELECT", "UPDATE", "DELETE")):
             seen[statement] = parameters[0] if rest[-1] else parameters
 
     hooks.listen(store.database, "before_cursor_execute", remember)
@@ -65,6 +68,14 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
     assert {item.episode.id for item in store.trained_on("desk", 1, limit=9)} == {"e", "f"}
     assert store.held_aside(SPEC, 0, limit=9) == []
     assert store.copies("desk", 1, since=0.0) == Copies(made=0, failed=0)
+
+    store.add_feedback([event("never", "never"), on_task("nor", "this"), on_task("e", "refund/e")])
+    everything = ExportQuery(until=1e9)
+    assert list(pages(store.database, everything, lambda policy, agent: RewardSpec(), now=1e9))
+    kept: dict[str, Any] = {"keep_days": 1.0, "keep_parked_days": 1.0}
+    pruning = Pruning(store, Releases(store.database), {"desk": SPEC}, **kept)
+    assert list(pruning.batches(1e9, is_trial=True))
+    assert list(pruning.batches(1e9))
 
     assert len(statements) > 25
     with store.database.connect() as connection:
