@@ -232,7 +232,7 @@ async def _start(
     chat = parts.chat(base.path)
     spans = _spans(settings, chat, stack)
     watchers: list[Watcher] = [watcher for watcher in (counted, spans) if watcher is not None]
-    access = _open_access(settings, store, counted, stack)
+    access, counters = _open_access(settings, store, counted, stack)
     registry = Registry(
         settings.model.adapters, base.digest, settings.model.max_lora_rank, base_folder=base.path
     )
@@ -311,7 +311,7 @@ async def _start(
         agents=served,
         runs=keeper,
         webhooks=webhooks,
-        limits=SourceLimits(settings.feedback.events_per_minute),
+        limits=SourceLimits(settings.feedback.events_per_minute, counters),
         trainer=trainer,
         metrics=counted,
         keys=ApiKeys(store.database),
@@ -335,14 +335,15 @@ def _run(part: _Runs, stack: AsyncExitStack) -> None:
 
 def _open_access(
     settings: Settings, store: Store, counted: Metrics | None, stack: AsyncExitStack
-) -> Access:
+) -> tuple[Access, Counters]:
     """Who is known by a key, and what was used."""
     ring = KeyRing(ApiKeys(store.database), max_age=settings.access.key_cache_seconds)
     _run(ring, stack)
     missed = (lambda: None) if counted is None else counted.limit_fell_back
-    limits = Limits(settings.limits, Counters(settings.storage.redis, missed))
+    counters = Counters(settings.storage.redis, missed)
+    limits = Limits(settings.limits, counters)
     _run(limits, stack)
-    return Access(ring, limits)
+    return Access(ring, limits), counters
 
 
 def _pruner(

@@ -94,7 +94,10 @@ class FeedbackSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     events_per_minute: int | None = Field(
-        None, ge=1, description="Most events of one source; more are answered 429. None: no limit."
+        None,
+        ge=1,
+        description="Most events of one source, counted like `limits`; more are answered 429. "
+        "None: no limit.",
     )
 
 

@@ -1,6 +1,7 @@
 """Counts of what was used in a window of time: in Redis for all processes, or in this one's memory.
 
-The windows are the library `limits`': fixed ones that begin with their first use. While Redis does
+The windows are the library `limits`': fixed ones that begin with their first use, and sliding ones
+for what is counted whole or not at all. While Redis does
 not answer, each process counts by itself, from nothing: limits hold, per process, and no request
 fails or waits for it again and again.
 """
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from limits import RateLimitItem
 from limits.aio.storage import MemoryStorage, RedisStorage
-from limits.aio.strategies import FixedWindowRateLimiter
+from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 
 logger = logging.getLogger("hone.access")
@@ -34,7 +35,7 @@ class Rule:
 
     name: str
     """As the headers have it: key-requests, tenant-tokens-day, ..."""
-    unit: Literal["requests", "tokens"]
+    unit: Literal["requests", "tokens", "events"]
     item: RateLimitItem
     of: str
     """The key or the tenant."""
@@ -56,13 +57,21 @@ class Standing:
     """More was used than is allowed; or, of what is counted afterwards, as much."""
 
 
+class _Windows:
+    """Both kinds, in one place."""
+
+    def __init__(self, storage: MemoryStorage | RedisStorage) -> None:
+        self.fixed = FixedWindowRateLimiter(storage)
+        self.sliding = SlidingWindowCounterRateLimiter(storage)
+
+
 class Counters:
     """Adds to windows and reads them. `on_fallback` is called for each count that Redis missed."""
 
     def __init__(self, redis: str | None, on_fallback: Callable[[], None] = lambda: None) -> None:
-        self._own = FixedWindowRateLimiter(MemoryStorage())
+        self._own = _Windows(MemoryStorage())
         self._pool: Any = None
-        self._shared: FixedWindowRateLimiter | None = None
+        self._shared: _Windows | None = None
         self._away_until = 0.0
         self._on_fallback = on_fallback
         if redis is not None:
@@ -75,9 +84,9 @@ class Counters:
     async def use(self, rule: Rule) -> Standing:
         """Count one request, which is over the limit if there were as many before."""
 
-        async def ask(windows: FixedWindowRateLimiter) -> Standing:
-            is_within = await windows.hit(rule.item, rule.of)
-            stats = await windows.get_window_stats(rule.item, rule.of)
+        async def ask(windows: _Windows) -> Standing:
+            is_within = await windows.fixed.hit(rule.item, rule.of)
+            stats = await windows.fixed.get_window_stats(rule.item, rule.of)
             return _standing(rule, stats.remaining, stats.reset_time, is_over=not is_within)
 
         return await self._ask(ask)
@@ -85,8 +94,8 @@ class Counters:
     async def look(self, rule: Rule) -> Standing:
         """Where a rule stands whose use is counted afterwards."""
 
-        async def ask(windows: FixedWindowRateLimiter) -> Standing:
-            stats = await windows.get_window_stats(rule.item, rule.of)
+        async def ask(windows: _Windows) -> Standing:
+            stats = await windows.fixed.get_window_stats(rule.item, rule.of)
             over = stats.remaining <= 0
             return _standing(rule, stats.remaining, stats.reset_time, is_over=over)
 
@@ -95,13 +104,24 @@ class Counters:
     async def spend(self, rule: Rule, amount: int) -> None:
         """Count what was used, past the limit too: the next one waits for it."""
 
-        async def ask(windows: FixedWindowRateLimiter) -> None:
-            await windows.hit(rule.item, rule.of, cost=amount)
+        async def ask(windows: _Windows) -> None:
+            await windows.fixed.hit(rule.item, rule.of, cost=amount)
 
         if amount > 0:  # the library takes the first use of a window for its beginning
             await self._ask(ask)
 
-    async def _ask(self, ask: Callable[[FixedWindowRateLimiter], Awaitable[_Answer]]) -> _Answer:
+    async def take(self, rule: Rule, amount: int) -> Standing:
+        """Count all of it, or nothing if there would be more than the limit: in the present window
+        and, in proportion, in the one before it."""
+
+        async def ask(windows: _Windows) -> Standing:
+            is_within = await windows.sliding.hit(rule.item, rule.of, cost=amount)
+            stats = await windows.sliding.get_window_stats(rule.item, rule.of)
+            return _standing(rule, stats.remaining, stats.reset_time, is_over=not is_within)
+
+        return await self._ask(ask)
+
+    async def _ask(self, ask: Callable[[_Windows], Awaitable[_Answer]]) -> _Answer:
         if self._shared is not None:
             if time.monotonic() >= self._away_until:
                 try:
@@ -115,7 +135,7 @@ class Counters:
             self._on_fallback()
         return await ask(self._own)
 
-    def _open(self, redis: str) -> FixedWindowRateLimiter:
+    def _open(self, redis: str) -> _Windows:
         # Its import takes a while, and most servers have no Redis.
         from redis.asyncio import ConnectionPool  # noqa: PLC0415
         from redis.asyncio.retry import Retry  # noqa: PLC0415
@@ -134,7 +154,7 @@ class Counters:
             key_prefix="hone:limits",
             connection_pool=self._pool,
         )
-        return FixedWindowRateLimiter(storage)
+        return _Windows(storage)
 
 
 def _standing(rule: Rule, remaining: int, reset_time: float, *, is_over: bool) -> Standing:

@@ -195,7 +195,7 @@ async def post_feedback(
         ) from error
     said = _events(items, is_batch, caller, now)
     for source, count in Counter(event.source for event in said).items():
-        services.limits.take(caller.tenant, source, count)
+        await services.limits.take(caller.tenant, source, count)
     receipts = await services.log.add_feedback(said)
     if is_batch:
         return {"object": "list", "data": [receipt_json(receipt) for receipt in receipts]}

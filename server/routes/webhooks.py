@@ -45,7 +45,7 @@ async def receive_webhook(source: str, request: Request, services: ServicesOf) -
     if isinstance(said, Refused):
         logger.warning("%s: refused, %s: %s", source, said.reason, said.detail)
         raise Unauthorized(said.detail, code="invalid_signature")
-    services.limits.take(webhook.spec.tenant, webhook.source, len(said))
+    await services.limits.take(webhook.spec.tenant, webhook.source, len(said))
     receipts = await services.log.add_feedback(said) if said else []
     return {
         "object": "webhook.receipt",

@@ -87,7 +87,7 @@ async def test_a_window_ends() -> None:
         assert (before.remaining, before.is_over) == (0, False)
         assert before.reset_seconds == pytest.approx(60, abs=1)
         assert not await is_admitted(limits, ANN)
-        storage = limits._counters._own.storage
+        storage = limits._counters._own.fixed.storage
         storage.expirations[rule.item.key_for(rule.of)] = 0.0  # type: ignore[attr-defined]  # a minute passes
         assert await is_admitted(limits, ANN)
 

@@ -8,10 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli, quarantine
+from server.access.counters import Counters
 from server.errors import TooManyRequests
 from server.quarantine import QuarantineWatch
 from server.source_limits import SourceLimits
 from tests.server.house import AGENT, House, running, scripted_parts, settings_in, write_agent
+from tests.servers import Redis
 
 GUARDED = AGENT.replace("reward:\n", "reward:\n  trust: {quarantine: {min_words: 5}}\n")
 
@@ -89,15 +91,37 @@ def test_a_source_may_speak_so_often_a_minute(tmp_path: Path) -> None:
         assert house.http.post("/v1/feedback", json=quiet).status_code == 200
 
 
-def test_a_bucket_fills_up_again() -> None:
-    now = 0.0
-    limits = SourceLimits(60, clock=lambda: now)
-    limits.take("t", "a", 60)
-    with pytest.raises(TooManyRequests) as caught:
-        limits.take("t", "a", 10)
-    assert caught.value.headers == {"retry-after": "10"}
-    limits.take("other", "a", 60)
-    now = 10.0
-    limits.take("t", "a", 10)
-    with pytest.raises(TooManyRequests):
-        limits.take("t", "a", 1)
+async def is_taken(limits: SourceLimits, events: int, source: str = "a") -> bool:
+    try:
+        await limits.take("t", source, events)
+    except TooManyRequests as error:
+        assert error.headers is not None
+        assert 1 <= int(error.headers["retry-after"]) <= 60
+        return False
+    return True
+
+
+async def test_what_is_too_much_at_once_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_000_000_020.0]  # the begin of a minute
+    monkeypatch.setattr("limits.aio.storage.memory.time.time", lambda: clock[0])
+    limits = SourceLimits(60, Counters(None))
+    assert [await is_taken(limits, events) for events in (61, 50, 11, 10, 1)] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+    assert await is_taken(limits, 60, source="other")
+    clock[0] += 90  # half of that minute is over a minute ago
+    assert [await is_taken(limits, events) for events in (31, 30, 1)] == [False, True, False]
+
+
+async def test_processes_share_a_sources_limit_over_redis(redis_server: Redis) -> None:
+    counters = [Counters(redis_server.url) for _ in range(2)]
+    one, two = (SourceLimits(60, counting) for counting in counters)
+    assert await is_taken(one, 40)
+    assert not await is_taken(two, 30)
+    assert await is_taken(two, 20)
+    assert not await is_taken(one, 1)
+    redis_server.stop()
+    assert await is_taken(one, 60), "by itself, from nothing"
+    assert not await is_taken(one, 1)
+    for counting in counters:
+        await counting.close()
