@@ -350,7 +350,7 @@ def prune(
         _settings({"config": config}),
         keep_days=days, keep_parked_days=parked_days, is_trial=dry_run,
     )  # fmt: skip
-    _print(said(done, "would delete" if dry_run else "deleted"))
+    _print(said(done, is_trial=dry_run))
 
 
 @app.command()

@@ -76,11 +76,12 @@ class Pruner:
             await asyncio.sleep(self._poll_seconds)
 
 
-def said(pruned: Pruned, verb: str = "deleted") -> str:
-    """What was deleted, in words."""
+def said(pruned: Pruned, *, is_trial: bool = False) -> str:
+    """What was deleted, or would be, in words."""
     of = ", ".join(f"{policy} {count:,}" for policy, count in sorted(pruned.episodes.items()))
+    words = "what was said of them" if is_trial else f"{pruned.feedback:,} statements about them"
     return (
-        f"{verb} {pruned.episodes.total():,} episodes{f' ({of})' if of else ''}, "
-        f"{pruned.expired:,} of them without an outcome, {pruned.feedback:,} statements about "
-        f"them, and {pruned.parked:,} about what never came"
+        f"{'would delete' if is_trial else 'deleted'} {pruned.episodes.total():,} episodes"
+        f"{f' ({of})' if of else ''}, {pruned.expired:,} of them without an outcome, {words}, and "
+        f"{pruned.parked:,} statements about what never came"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,7 +88,8 @@ def prune(
                 "nothing is ever deleted: storage.keep_days is not set; say --days, for example "
                 "`hone prune --days 90 --dry-run`"
             )
-        return sum(pruning.batches(time.time(), is_trial=is_trial), start=Pruned())
+        batches = pruning.batches(time.time(), is_trial=is_trial)
+        return sum(batches if is_trial else _paced(batches), start=Pruned())
     except RecordUnavailable as error:
         raise CommandError(str(error)) from error
     finally:
@@ -139,6 +140,15 @@ def open_record(settings: Settings) -> Store:
         return Store.open(settings.storage.database)
     except (RecordUnavailable, ValueError) as error:
         raise CommandError(str(error)) from error
+
+
+def _paced(batches: Iterator[Pruned]) -> Iterator[Pruned]:
+    """With a pause as long as each took: SQLite has one writer at a time, and no queue of them."""
+    began = time.monotonic()
+    for pruned in batches:
+        yield pruned
+        time.sleep(time.monotonic() - began)
+        began = time.monotonic()
 
 
 def _export(

@@ -102,6 +102,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) 
     monkeypatch.setenv("HONE_STORAGE__KEEP_DAYS", "30")
     assert "deleted 1 episodes (base 1)" in hone()
     assert left(store) == {"ready", "young"}
-    assert "1 about what never came" in hone("--parked-days", "30")
+    assert "1 statements about what never came" in hone("--parked-days", "30")
     assert [said.event_id for said in store.feedback("ready")] == ["2"]
     store.close()
