@@ -94,4 +94,4 @@ def may_go(rules: Rules) -> list[ColumnElement[bool]]:
 def _window(reward: RewardSpec) -> float:
     """Seconds after an episode's end in which its reward is awaited."""
     waits = (metric.missing_after_seconds or 0.0 for metric in reward.metrics.values())
-    return max(reward.maturity_seconds, *waits)
+    return max([reward.maturity_seconds, *waits])

@@ -149,10 +149,12 @@ def _rules_with_canary(*, decided: bool) -> Rules:
     )  # fmt: skip
 
 
-def test_successes_stay_while_a_run_may_imitate_them() -> None:
+def test_rules_follow_the_agents_file() -> None:
     replays = SPEC.model_copy(update={"training": TrainingSpec(replay=0.2)})
     asked: dict[str, Any] = {"is_claimed": True, "before": OLD, "now": NOW}
     state = fold("desk", ())
+    bare = SPEC.model_copy(update={"reward": RewardSpec(metrics={}, maturity_seconds=60 * DAY)})
+    assert rules_of(bare, state, (), is_training=True, **asked).pending_before == NOW - 60 * DAY
     assert not rules_of(replays, state, (), is_training=True, **asked).batches
     assert not rules_of(None, state, (), is_training=True, **asked).batches
     assert rules_of(replays, state, (), is_training=False, **asked).batches
@@ -205,6 +207,14 @@ def test_what_was_said_goes_with_what_it_is_about(store: Store) -> None:
     assert {id for id, status in again.items() if status == "recorded"} == {"1", "2", "8"}
     assert {status for id, status in again.items() if id not in "128"} == {"duplicate"}
     assert store.feedback("c") == before
+
+
+def test_what_waits_for_a_first_attempt_outlives_held_out_runs(store: Store) -> None:
+    store.begin(episode("held-out", purpose="evaluation", ended_at=OLD, task_key="t"))
+    store.add_feedback([on_task("early", "t", 0.5)])
+    assert prune(store) == Pruned(Counter({"desk": 1}))
+    store.begin(episode("first", started_at=NOW, ended_at=NOW + 1, task_key="t"))
+    assert [said.event_id for said in store.feedback("first")] == ["early"]
 
 
 def test_parked_feedback_has_a_rule_of_its_own(store: Store) -> None:
