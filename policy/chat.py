@@ -28,7 +28,7 @@ __all__ += ["load_chat_format", "load_tokenizer"]
 Message = Mapping[str, Any]
 """One message, or one tool, in OpenAI's shape."""
 
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _CANARY = 'Hone 12,345: "café" \\u00e9\n\n\t{"id": 90817, "to": ["a_b", null]}  don\'t 日本 🙂'
 
@@ -160,8 +160,8 @@ class ChatFormat:
 
     def _message(self, message: Message) -> Message:
         role = message.get("role")
-        if role not in _ROLES:
-            raise ChatFormatError(f"message role is {role!r}; expected one of {sorted(_ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ChatFormatError(f"message role is {role!r}; expected one of {sorted(ROLES)}")
         # The owner and the model may write `<tool_call>`, which is no control token in every
         # vocabulary; users and tools may write no markup at all.
         trusted = role in ("system", "developer", "assistant")

@@ -13,16 +13,24 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, cast
 
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from starlette.types import Receive, Scope, Send
 
+from policy.chat import ROLES
 from policy.types import AdapterRef
 from server.agents.run import Agent, RunRequest
 from server.errors import BadRequest, NotFound
 from server.runner import StartedRun
 from server.services import Services
 from server.telemetry.logs import log_also
-from server.wire import EPISODE_HEADER, MAX_METADATA, AskedPurpose, EpisodeId
+from server.wire import EPISODE_HEADER, MAX_METADATA, AskedPurpose, BodyIn, EpisodeId
 
 
 class FunctionIn(BaseModel):
@@ -44,14 +52,30 @@ class ClientToolIn(BaseModel):
     function: FunctionIn
 
 
-class RunIn(BaseModel):
+ChatMessage = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {"type": "object", "required": ["role"], "properties": {"role": {"enum": [*sorted(ROLES)]}}}
+    ),
+]
+"""In OpenAI's shape; what else must hold, `policy.chat` says."""
+
+
+class RunIn(BodyIn):
     """What is asked of an agent."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "required": ["stream", "background"],
+                "properties": {"stream": {"const": True}, "background": {"const": True}},
+            }
+        }
+    )
 
     input: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+        | Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     ) = Field(description="What the user says, or messages in OpenAI's shape.")
     task_key: str | None = Field(None, min_length=1, max_length=128)
     episode_id: EpisodeId | None = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from feedback.keys import ApiKeys
@@ -35,7 +36,6 @@ from policy.registry import Registry
 from policy.releases import Releases
 from policy.types import AdapterRef
 from server.access.counters import Counters
-from server.access.document import describe
 from server.access.gate import Access, Gate
 from server.access.keys import KeyRing
 from server.access.limits import Limits
@@ -44,6 +44,7 @@ from server.agent_responses import agent_response
 from server.agents.run import Agent
 from server.agents.spec import AgentSpec, load_agents
 from server.canary import CanaryDecider
+from server.document import describe
 from server.errors import install_error_handlers
 from server.instance import Heartbeat, new_name
 from server.judges.judge import Judge, read_api_key
@@ -168,16 +169,23 @@ def create_app(settings: Settings, parts: Parts | None = None) -> FastAPI:
             yield
             app.state.services = None
 
-    app = FastAPI(title="Hone", version="0.1.0", lifespan=lifespan)
+    # The page's scripts are served from here: one that is shown keys loads none from elsewhere.
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/assets",
+        title="Hone",
+        version="0.1.0",
+        lifespan=lifespan,
+    )
     install_error_handlers(app)
     for module in (
         *(health, models, responses, agents, feedback, quarantine, webhooks),
         *(runs, episodes, export, policies, training, metrics, keys),
     ):
         app.include_router(module.router)
-    describe(app)
-
     key = settings.http.api_key
+    describe(app, is_locked=key is not None)
+
     # The last one added runs first.
     app.add_middleware(PlainEpisodes, services=lambda: _plain_services(app))
     app.add_middleware(BoundedBody, max_bytes=settings.http.max_body_bytes)

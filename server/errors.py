@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from feedback.errors import (
     CallNotWaiting,
@@ -212,4 +213,18 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         kind = "server_error"
     body = error_body(message, type=kind, code=status.phrase.lower().replace(" ", "_"))
-    return JSONResponse(body, status_code=status, headers=error.headers)
+    headers = error.headers
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = {"allow": ", ".join(sorted(_methods(request)))}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """Of all routes of a path; Starlette names the first route's only."""
+    app: FastAPI = request.app
+    return {
+        method
+        for route in app.router.routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in getattr(route, "methods", None) or ()
+    }

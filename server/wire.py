@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
@@ -20,6 +20,21 @@ EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
 EPISODE_HEADER = "x-hone-episode"
 MAX_METADATA = 4096
 """Bytes of an episode's metadata."""
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Has an integer of a `BodyIn` be one as JSON Schema counts them: 3.0 is one, "3" and true are not.
+It stands after the bounds, which would be missing in the document otherwise."""
+
+
+class BodyIn(BaseModel):
+    """A request's body: what is in it is what the document says, and nothing is made to fit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def turn_json(turn: Turn) -> dict[str, Any]:

@@ -62,8 +62,8 @@ NEEDS: Mapping[str, Needs] = {
     "GET /readyz": OPEN,
     "GET /openapi.json": OPEN,
     "GET /docs": OPEN,
+    "GET /docs/assets/{path}": OPEN,
     "GET /docs/oauth2-redirect": OPEN,
-    "GET /redoc": OPEN,
     # Its sender's signature is its key.
     "POST /v1/webhooks/{source}": OPEN,
     "GET /v1/models": USES,

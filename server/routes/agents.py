@@ -26,13 +26,23 @@ from server.agents.events import (
     TurnRecorded,
     TurnSampled,
 )
-from server.errors import body_of
+from server.errors import Conflict, NotFound, body_of
+from server.refusals import refusals
 from server.run_wire import run_json, stored_json
 from server.runner import StartedRun, failure
 from server.services import ServicesOf
 from server.wire import EPISODE_HEADER, turn_json
 
 router = APIRouter(prefix="/v1/agents", tags=["agents"])
+
+RUN: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The run as it ended, or as it waits; its events, if it is streamed.",
+        "content": {"text/event-stream": {}},
+    }
+}
+QUEUED: dict[int | str, dict[str, Any]] = {202: {"description": "The run, in the background."}}
+"""For the OpenAPI document."""
 
 
 @router.get("")
@@ -51,7 +61,7 @@ async def list_agents(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.post("/{name}/runs")
+@router.post("/{name}/runs", responses={**RUN, **QUEUED, **refusals(NotFound, Conflict)})
 async def run(name: str, body: RunIn, services: ServicesOf, caller: CallerOf) -> Response:
     """Run one episode. Its first adapter is its only one, whatever is released meanwhile.
 

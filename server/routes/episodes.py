@@ -15,6 +15,7 @@ from feedback.reward import figures_of, reward_of
 from feedback.types import Episode, FeedbackEvent, Purpose
 from server.access.caller import CallerOf
 from server.errors import Conflict, NotFound
+from server.refusals import refusals
 from server.services import Services, ServicesOf
 from server.wire import episode_json, recorded_turn_json
 
@@ -34,7 +35,7 @@ class EpisodeQuery(BaseModel):
     before: str | None = Field(None, max_length=128, description="Last id of the page before.")
 
 
-@router.get("")
+@router.get("", responses=refusals(NotFound))
 async def list_episodes(
     services: ServicesOf, caller: CallerOf, query: Annotated[EpisodeQuery, Query()]
 ) -> dict[str, Any]:
@@ -53,7 +54,7 @@ async def list_episodes(
     return {"object": "list", "data": data, "has_more": len(summaries) > query.limit}
 
 
-@router.get("/{episode_id}")
+@router.get("/{episode_id}", responses=refusals(NotFound))
 async def get_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """One episode with its turns, feedback and reward."""
     found = await asyncio.to_thread(_read, services, episode_id, caller.tenant)
@@ -72,7 +73,7 @@ async def get_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -
     }
 
 
-@router.post("/{episode_id}/end")
+@router.post("/{episode_id}/end", responses=refusals(NotFound, Conflict))
 async def end_episode(episode_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """Say that a plain conversation is over, so that its reward may count at once; otherwise it
     ends when it has been idle for a while. An agent's episode ends with its run."""

@@ -14,7 +14,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from feedback.rows import ID_LENGTH
 from feedback.texts import is_storable
@@ -29,15 +37,18 @@ from feedback.webhooks.source import SOURCE_PREFIX
 from server.access.caller import Caller, CallerOf
 from server.errors import BadRequest, Conflict
 from server.judges.spec import JUDGE_PREFIX
+from server.refusals import refusals
 from server.services import ServicesOf
-from server.wire import receipt_json
+from server.wire import WHOLE, BodyIn, receipt_json
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
 
+def _boolean(value: object) -> object:
+    return float(value) if isinstance(value, bool) else value
+
+
 def _number(value: object) -> object:
-    if isinstance(value, bool):
-        return float(value)
     # pydantic turns integers of any size into floats, and fails on those that do not fit.
     if isinstance(value, int) and abs(value) > LARGEST_VALUE:
         raise ValueError("the number is too large; expected one between -1e15 and 1e15")
@@ -57,28 +68,76 @@ def _storable(text: str) -> str:
     return text
 
 
-Id = Annotated[str, Field(min_length=1, max_length=128, strict=True), AfterValidator(_storable)]
+# What stands after a validator is checked, but is not in the document.
+_WITHOUT_NUL = Field(json_schema_extra={"pattern": r"^[^\u0000]*$"})
+Id = Annotated[str, Field(min_length=1, max_length=128), _WITHOUT_NUL, AfterValidator(_storable)]
+TaskKey = Annotated[
+    str, Field(min_length=1, max_length=ID_LENGTH), _WITHOUT_NUL, AfterValidator(_storable)
+]
+Text = Annotated[str, _WITHOUT_NUL, AfterValidator(_storable)]
 Number = Annotated[
     float,
+    Field(allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE),
     BeforeValidator(_number),
-    Field(strict=True, allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE),
 ]
+Value = Annotated[
+    Number,
+    BeforeValidator(_boolean),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": -LARGEST_VALUE, "maximum": LARGEST_VALUE},
+                {"type": "boolean"},
+            ]
+        }
+    ),
+]
+Time = Annotated[float, Field(ge=0, le=LATEST_TIME), BeforeValidator(_number)]
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+_TEXT: JsonValue = {"type": "string"}
+_NULL: JsonValue = {"type": "null"}
+_TARGETS: list[JsonValue] = [
+    {
+        "required": ["episode_id"],
+        "properties": {"episode_id": _TEXT, "task_key": _NULL, "better": False, "worse": False},
+    },
+    {
+        "required": ["task_key"],
+        "properties": {"episode_id": _NULL, "task_key": _TEXT, "better": False, "worse": False},
+    },
+    {
+        "required": ["better", "worse"],
+        "properties": {
+            **{"better": _TEXT, "worse": _TEXT},
+            **dict.fromkeys(("episode_id", "task_key", "value", "metric", "turn"), _NULL),
+            "correction": _NULL,
+        },
+    },
+]
+_SAYS: list[JsonValue] = [
+    {"required": ["better"]},
+    {"required": ["value"], "properties": {"correction": False}},
+    {"required": ["correction"], "properties": {"value": False, "metric": _NULL}},
+    {
+        "required": ["comment"],
+        "properties": {"comment": _TEXT, "value": False, "correction": False, "metric": _NULL},
+    },
+]
+"""What `FeedbackIn._kind` checks, for the document."""
 
 
-class FeedbackIn(BaseModel):
+class FeedbackIn(BodyIn):
     """One statement. Send the same `event_id` again to retry safely.
 
     About `episode_id`, or a `turn` of it, or the attempt at `task_key`: a `value`, a `correction`,
     or a `comment` alone. About two episodes: that one is `better` than the other, which is `worse`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra={"allOf": [{"oneOf": _TARGETS}, {"anyOf": _SAYS}]})
 
     episode_id: Id | None = None
-    task_key: Annotated[Id, Field(max_length=ID_LENGTH)] | None = Field(
+    task_key: TaskKey | None = Field(
         None, description="The episode of this task that had begun last at `event_time`."
     )
     better: Id | None = Field(None, description="The episode that is preferred to `worse`.")
@@ -86,17 +145,17 @@ class FeedbackIn(BaseModel):
     metric: Annotated[str, Field(pattern=METRIC_PATTERN)] | None = Field(
         None, description="Which outcome; success unless it is said."
     )
-    value: Number | None = Field(None, description="A number or a boolean; null retracts.")
+    value: Value | None = Field(None, description="A number or a boolean; null retracts.")
     correction: Annotated[Text, Field(max_length=100_000)] | None = Field(
         None,
         description="What should have been said, in the last turn or in `turn`; null retracts.",
     )
     event_id: Id | None = Field(None, description="Unique within the source, for ever.")
     source: Annotated[Id, AfterValidator(_not_reserved)] = "api"
-    event_time: Annotated[float, BeforeValidator(_number), Field(ge=0, le=LATEST_TIME)] | None = (
-        Field(None, description="When it became true, Unix seconds; the latest wins. Default: now.")
+    event_time: Time | None = Field(
+        None, description="When it became true, Unix seconds; the latest wins. Default: now."
     )
-    turn: int | None = Field(None, ge=0, le=100_000, strict=True)
+    turn: Annotated[int, Field(ge=0, le=100_000), WHOLE] | None = None
     comment: Annotated[Text, Field(max_length=4000)] | None = None
 
     def event(self, caller: Caller, now: float) -> FeedbackEvent:
@@ -166,17 +225,28 @@ class Contradiction(ValueError):
         self.field = field
 
 
-class FeedbackBatchIn(BaseModel):
+class FeedbackBatchIn(BodyIn):
     """Many statements, recorded in one transaction."""
-
-    model_config = ConfigDict(extra="forbid")
 
     events: list[FeedbackIn] = Field(min_length=1, max_length=1000)
 
 
-@router.post("")
+_ONE_OR_MANY = {
+    "oneOf": [
+        {"$ref": "#/components/schemas/FeedbackIn"},
+        {"$ref": "#/components/schemas/FeedbackBatchIn"},
+    ]
+}
+"""Which of them it is, is told by hand: a union's errors would name both."""
+
+
+@router.post(
+    "",
+    responses=refusals(Conflict),
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": _ONE_OR_MANY}}}},
+)
 async def post_feedback(
-    body: Annotated[dict[str, Any], Body(json_schema_extra=FeedbackIn.model_json_schema())],
+    body: Annotated[dict[str, Any], Body()],
     services: ServicesOf,
     caller: CallerOf,
 ) -> dict[str, Any]:

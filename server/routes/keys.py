@@ -16,7 +16,9 @@ from server.access.caller import Caller, CallerOf, KeyScope
 from server.access.keys import mint
 from server.access.settings import TenantName
 from server.errors import BadRequest, Forbidden, NotFound
+from server.refusals import refusals
 from server.services import ServicesOf
+from server.wire import BodyIn
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
@@ -27,10 +29,8 @@ def _storable(text: str) -> str:
     return text
 
 
-class KeyIn(BaseModel):
+class KeyIn(BodyIn):
     """A key to be made."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_storable)] = Field(
         description="For people: who or what will use it."
@@ -82,7 +82,7 @@ async def list_keys(
     return {"object": "list", "data": [_key(key) for key in keys]}
 
 
-@router.post("/{key_id}/revoke")
+@router.post("/{key_id}/revoke", responses=refusals(NotFound))
 async def revoke_key(key_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """End a key for good: here at once, in other processes once they read keys again."""
     among = None if caller.is_operator else caller.tenant

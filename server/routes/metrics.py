@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import NotFound
+from server.refusals import refusals
 from server.services import ServicesOf
 from server.telemetry.readings import exposition
 
 router = APIRouter(tags=["metrics"])
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse, responses=refusals(NotFound))
 async def get_metrics(services: ServicesOf) -> Response:
     """Counters and gauges in Prometheus' text format, vLLM's own among them."""
     if services.metrics is None:

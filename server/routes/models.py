@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from server.access.caller import CallerOf
 from server.errors import NotFound
+from server.refusals import refusals
 from server.routing import Model
 from server.services import Services, ServicesOf
 
@@ -21,7 +22,7 @@ async def list_models(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.get("/{model:path}")
+@router.get("/{model:path}", responses=refusals(NotFound))
 async def get_model(model: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """One of them."""
     for known in services.routing.models(caller.tenant):

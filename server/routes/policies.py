@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from feedback.finite import finite
 from policy.releases import (
@@ -21,7 +21,11 @@ from policy.releases import (
 from policy.types import Adapter, AdapterRef
 from server.access.caller import Caller, CallerOf
 from server.errors import Conflict, NotFound, Unavailable
+from server.refusals import refusals
 from server.services import Services, ServicesOf
+from server.wire import WHOLE, BodyIn
+
+Version = Annotated[int, Field(ge=0, le=10**9), WHOLE]
 
 router = APIRouter(prefix="/v1/policies", tags=["policies"])
 
@@ -29,31 +33,25 @@ ATTEMPTS = 8
 """How often a rollback is tried while others keep writing events of its policy."""
 
 
-class RollbackIn(BaseModel):
+class RollbackIn(BodyIn):
     """Why, and where to: by default the version that was live before."""
 
-    model_config = ConfigDict(extra="forbid")
-
     reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
-    to: int | None = Field(None, ge=0, le=10**9, strict=True)
+    to: Version | None = None
 
 
-class PromoteIn(BaseModel):
+class PromoteIn(BodyIn):
     """Why, and which version: by default the canary, else the newest proven candidate."""
 
-    model_config = ConfigDict(extra="forbid")
-
     reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
-    version: int | None = Field(None, ge=0, le=10**9, strict=True)
+    version: Version | None = None
 
 
-class PinIn(BaseModel):
+class PinIn(BodyIn):
     """Why, which version, and whether to keep it or no longer."""
 
-    model_config = ConfigDict(extra="forbid")
-
     reason: str = Field("asked by HTTP", min_length=1, max_length=1000)
-    version: int = Field(ge=1, le=10**9, strict=True)
+    version: Annotated[int, Field(ge=1, le=10**9), WHOLE]
     pinned: bool = True
 
 
@@ -67,7 +65,7 @@ async def list_policies(services: ServicesOf, caller: CallerOf) -> dict[str, Any
     return {"object": "list", "data": data}
 
 
-@router.get("/{policy}")
+@router.get("/{policy}", responses=refusals(NotFound))
 async def get_policy(policy: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """Versions with lineage and state, and every release event, oldest first."""
     _check_known(policy, services, caller)
@@ -83,7 +81,7 @@ async def get_policy(policy: str, services: ServicesOf, caller: CallerOf) -> dic
     }
 
 
-@router.post("/{policy}/rollback")
+@router.post("/{policy}/rollback", responses=refusals(NotFound, Conflict))
 async def rollback(
     policy: str, services: ServicesOf, caller: CallerOf, body: RollbackIn | None = None
 ) -> dict[str, Any]:
@@ -104,7 +102,7 @@ async def rollback(
     }
 
 
-@router.post("/{policy}/promote")
+@router.post("/{policy}/promote", responses=refusals(NotFound, Conflict))
 async def promote(
     policy: str, services: ServicesOf, caller: CallerOf, body: PromoteIn | None = None
 ) -> dict[str, Any]:
@@ -130,7 +128,7 @@ async def promote(
     }
 
 
-@router.post("/{policy}/pin")
+@router.post("/{policy}/pin", responses=refusals(NotFound, Conflict))
 async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) -> dict[str, Any]:
     """Keep a version on disk, or no longer. While it is live nothing replaces it by itself."""
     _check_known(policy, services, caller)

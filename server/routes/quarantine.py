@@ -6,22 +6,23 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from feedback.finite import finite
 from feedback.rulings import Ruling, Verdict
 from server.access.caller import Caller, CallerOf
+from server.errors import Conflict, NotFound
+from server.refusals import refusals
 from server.services import Services, ServicesOf
+from server.wire import BodyIn
 
 router = APIRouter(prefix="/v1/feedback/quarantine", tags=["feedback"])
 
 RulingId = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
-class DecisionIn(BaseModel):
+class DecisionIn(BodyIn):
     """Why."""
-
-    model_config = ConfigDict(extra="forbid")
 
     reason: str = Field("asked over HTTP", min_length=1, max_length=1000)
 
@@ -33,7 +34,7 @@ async def list_rulings(services: ServicesOf, caller: CallerOf) -> dict[str, Any]
     return {"object": "list", "data": [_ruling_json(ruling) for ruling in found]}
 
 
-@router.post("/{ruling_id}/release")
+@router.post("/{ruling_id}/release", responses=refusals(NotFound, Conflict))
 async def release(
     ruling_id: RulingId, services: ServicesOf, caller: CallerOf, body: DecisionIn | None = None
 ) -> dict[str, Any]:
@@ -41,7 +42,7 @@ async def release(
     return await _decide(services, caller, ruling_id, "released", body or DecisionIn())
 
 
-@router.post("/{ruling_id}/discard")
+@router.post("/{ruling_id}/discard", responses=refusals(NotFound, Conflict))
 async def discard(
     ruling_id: RulingId, services: ServicesOf, caller: CallerOf, body: DecisionIn | None = None
 ) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter
 
 from server.access.caller import CallerOf
-from server.errors import BadRequest
+from server.errors import BadRequest, NotFound
+from server.refusals import refusals
 from server.services import ServicesOf
 
-router = APIRouter(prefix="/v1/responses", tags=["responses"])
+router = APIRouter(prefix="/v1/responses", tags=["responses"], responses=refusals(NotFound))
 
 
 @router.get("/{response_id}")

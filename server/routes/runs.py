@@ -15,10 +15,11 @@ from feedback.runs import Decision, Run
 from server.access.caller import CallerOf
 from server.agent_runs import RunStream
 from server.errors import Conflict, NotFound
-from server.routes.agents import sse
+from server.refusals import refusals
+from server.routes.agents import RUN, sse
 from server.run_wire import run_json, stored_json
 from server.services import Services, ServicesOf
-from server.wire import EPISODE_HEADER
+from server.wire import EPISODE_HEADER, BodyIn
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
@@ -34,38 +35,30 @@ class WaitingQuery(BaseModel):
     limit: int = Field(20, ge=1, le=100)
 
 
-class ApprovalIn(BaseModel):
+class ApprovalIn(BodyIn):
     """What a person says to one call."""
-
-    model_config = ConfigDict(extra="forbid")
 
     call_id: CallId
     approve: bool
     reason: str | None = Field(None, max_length=2000, description="The model is told why not.")
 
 
-class ApprovalsIn(BaseModel):
+class ApprovalsIn(BodyIn):
     """Who says what to which calls."""
-
-    model_config = ConfigDict(extra="forbid")
 
     approvals: list[ApprovalIn] = Field(min_length=1, max_length=128)
     by: str = Field(min_length=1, max_length=200, description="Who decided.")
 
 
-class OutputIn(BaseModel):
+class OutputIn(BodyIn):
     """What a client's function answered."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tool_call_id: CallId
     output: str
 
 
-class OutputsIn(BaseModel):
+class OutputsIn(BodyIn):
     """The results that a run waits for."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tool_outputs: list[OutputIn] = Field(min_length=1, max_length=128)
     stream: bool = False
@@ -82,13 +75,13 @@ async def list_waiting_runs(
     return {"object": "list", "data": [_shown(run, services) for run in found if run is not None]}
 
 
-@router.get("/{run_id}")
+@router.get("/{run_id}", responses=refusals(NotFound))
 async def get_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """One run as it stands, whoever drives it."""
     return _shown(await _run(run_id, services, caller.tenant), services)
 
 
-@router.post("/{run_id}/cancel")
+@router.post("/{run_id}/cancel", responses=refusals(NotFound))
 async def cancel_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
     """End a run. One that another server drives ends within seconds; one that is over stays so."""
     try:
@@ -100,7 +93,7 @@ async def cancel_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dic
     return _shown(await _run(run_id, services, caller.tenant), services)
 
 
-@router.post("/{run_id}/approvals")
+@router.post("/{run_id}/approvals", responses=refusals(NotFound, Conflict))
 async def decide_calls(
     run_id: str, body: ApprovalsIn, services: ServicesOf, caller: CallerOf
 ) -> dict[str, Any]:
@@ -119,7 +112,7 @@ async def decide_calls(
     return _shown(await _run(run_id, services, caller.tenant), services)
 
 
-@router.post("/{run_id}/tool_outputs")
+@router.post("/{run_id}/tool_outputs", responses={**RUN, **refusals(NotFound, Conflict)})
 async def supply_outputs(
     run_id: str, body: OutputsIn, services: ServicesOf, caller: CallerOf
 ) -> Response:

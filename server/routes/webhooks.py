@@ -17,7 +17,14 @@ from fastapi import APIRouter, Request
 from feedback.events import Receipt
 from feedback.webhooks.mapping import Unmappable
 from feedback.webhooks.signatures import Refused
-from server.errors import BadRequest, BodyTooLarge, NotFound, Unauthorized
+from server.errors import (
+    BadRequest,
+    BodyTooLarge,
+    NotFound,
+    TooManyRequests,
+    Unauthorized,
+)
+from server.refusals import refusals
 from server.services import ServicesOf
 from server.wire import receipt_json
 
@@ -26,7 +33,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["feedback"])
 logger = logging.getLogger("hone.webhooks")
 
 
-@router.post("/{source}")
+@router.post("/{source}", responses=refusals(Unauthorized, NotFound, BodyTooLarge, TooManyRequests))
 async def receive_webhook(source: str, request: Request, services: ServicesOf) -> dict[str, Any]:
     """Record what a declared source sends. Acknowledged means on disk, twice is once."""
     webhook = services.webhooks.get(source)

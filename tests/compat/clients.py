@@ -29,6 +29,7 @@ PYTHON_PEERS = {
     "schemathesis": ["schemathesis==4.32.5"],
 }
 NODE_PEER = "openai@7.57.0"
+KEY = "of-the-settings"
 SUITE = [
     *("-m", "pytest", "-q", "--noconftest", "--import-mode=importlib", "-c", os.devnull),
     *("-p", "no:cacheprovider", "-o", "asyncio_mode=auto"),
@@ -93,7 +94,18 @@ def test_langchains_own_suite_passes(hone_url: str) -> None:
     assert " passed" in run([python, *SUITE, PEERS / "langchain_suite.py"], hone_url)
 
 
-def test_the_openapi_document_says_what_the_server_does(hone_url: str) -> None:
-    program = environment_of("schemathesis") / "schemathesis"
+@pytest.fixture(scope="module")
+def locked_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, where everybody must show a key."""
+    settings = {"HONE_HTTP__API_KEY": KEY}
+    with Stack(tmp_path_factory.mktemp("locked"), settings=settings) as stack:
+        stack.wait_hone()
+        yield stack.hone_url
+
+
+def test_the_openapi_document_says_what_the_server_does(locked_url: str) -> None:
+    program: list[str | Path] = [environment_of("schemathesis") / "schemathesis"]
+    program += ["--config-file", PEERS / "schemathesis.toml"]
     options = ["--checks", "all", "--max-examples", "50", "--continue-on-failure", "--no-color"]
-    run([program, "run", f"{hone_url}/openapi.json", *options], hone_url, seconds=600)
+    options += ["-H", f"Authorization: Bearer {KEY}"]
+    run([*program, "run", f"{locked_url}/openapi.json", *options], locked_url, seconds=900)
