@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from server.access.caller import SCOPES
+from server.access.caller import SCOPES, USUAL_SCOPES
 from server.commands import views
 from server.commands.client import Client, CommandError
 from server.settings import Settings, described, load_settings
@@ -204,7 +204,9 @@ def create_key(
     *,
     scope: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(SCOPES)}; once for each. Default: all but admin."),
+        typer.Option(
+            help=f"{', '.join(SCOPES)}; once for each. Default: {', '.join(USUAL_SCOPES)}."
+        ),
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Default: your key's own.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Until it expires.")] = None,
@@ -212,7 +214,7 @@ def create_key(
     url: UrlFlag = None,
 ) -> None:
     """Make a key called NAME. Its text is shown this once."""
-    body: dict[str, Any] = {"name": name, "scopes": scope or [s for s in SCOPES if s != "admin"]}
+    body: dict[str, Any] = {"name": name, "scopes": scope or list(USUAL_SCOPES)}
     if tenant is not None:
         body["tenant"] = tenant
     if days is not None:

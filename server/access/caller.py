@@ -11,10 +11,12 @@ from fastapi import Depends, Request
 from policy.ownership import DEFAULT_TENANT
 from server.errors import Forbidden
 
-KeyScope = Literal["inference", "runs", "feedback", "admin"]
-"""inference: models generate; runs: agents run, and what they did is read; feedback: outcomes are
-told; admin: releases and keys. None contains another."""
+KeyScope = Literal["inference", "runs", "approvals", "feedback", "admin"]
+"""inference: models generate; runs: agents run, and what they did is read; approvals: calls of runs
+are approved; feedback: outcomes are told; admin: releases and keys. None contains another."""
 SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
+USUAL_SCOPES: tuple[KeyScope, ...] = ("inference", "runs", "feedback")
+"""What a key has of which nothing is said: neither admin, nor leave to approve what it runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from server.access.caller import Caller, KeyScope
+from server.access.caller import SCOPES, Caller, KeyScope
 from server.errors import Forbidden
 
 
@@ -45,7 +45,7 @@ class Needs:
 OPEN = Needs(is_open=True)
 UNDECLARED = Needs()
 """Of a route that nobody thought of here."""
-UNKNOWN = Needs(("inference", "runs", "feedback", "admin"))
+UNKNOWN = Needs(SCOPES)
 """Of a path or method that no route has: whoever has a key is told so by the router."""
 
 GENERATES = Needs(("inference",), generates=True)
@@ -54,6 +54,10 @@ CHATS = Needs(("inference", "runs"), generates=True)
 USES = Needs(("inference", "runs"))
 RUNS = Needs(("runs",))
 READS = Needs(("runs", "admin"))
+# Whoever runs an agent may not say yes to its calls. Who may sees what they are; an admin could
+# make itself such a key.
+APPROVES = Needs(("approvals", "admin"))
+SEES_RUNS = Needs(("runs", "approvals", "admin"))
 ADMIN = Needs(("admin",))
 
 NEEDS: Mapping[str, Needs] = {
@@ -77,10 +81,10 @@ NEEDS: Mapping[str, Needs] = {
     "POST /v1/responses/{response_id}/cancel": USES,
     "GET /v1/agents": RUNS,
     "POST /v1/agents/{name}/runs": Needs(("runs",), generates=True),
-    "GET /v1/runs": READS,
-    "GET /v1/runs/{run_id}": READS,
+    "GET /v1/runs": SEES_RUNS,
+    "GET /v1/runs/{run_id}": SEES_RUNS,
     "POST /v1/runs/{run_id}/cancel": RUNS,
-    "POST /v1/runs/{run_id}/approvals": RUNS,
+    "POST /v1/runs/{run_id}/approvals": APPROVES,
     "POST /v1/runs/{run_id}/tool_outputs": Needs(("runs",), generates=True),
     "GET /v1/episodes": READS,
     "GET /v1/episodes/{episode_id}": READS,

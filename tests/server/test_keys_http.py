@@ -215,7 +215,9 @@ def test_the_commands(locked: House, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key.rpartition("_")[2] not in listed
     assert "is revoked" in hone("revoke", id).stdout
     assert "revoked" in hone("list", "--tenant", "acme").stdout
-    plain = hone("create", "app").stdout.strip()
+    made = hone("create", "app")
+    assert "tenant default: feedback, inference, runs;" in made.stderr, "nobody approves by default"
+    plain = made.stdout.strip()
     assert isinstance(hone("list", key=plain).exception, CommandError)
 
 

@@ -111,6 +111,29 @@ def test_a_call_waits_until_somebody_approves_it(world: World) -> None:
     assert done["approvals"] == [
         {"call_id": call["id"], "approved": True, "by": "ann", "reason": "ann is rich"}
     ]
+
+
+def test_whoever_runs_an_agent_cannot_approve_its_calls(world: World) -> None:
+    def key(*scopes: str) -> dict[str, str]:
+        made = world.http.post("/v1/keys", json={"name": "k", "scopes": scopes}).json()
+        return {"authorization": f"Bearer {made['key']}"}
+
+    runner, approver, admin = key("runs", "inference", "feedback"), key("approvals"), key("admin")
+    begin, asked = "/v1/agents/desk/runs", {"input": plan([["refund", {"n": 9}]])}
+    assert world.http.post(begin, json=asked, headers=approver).status_code == 403
+    runs = [world.http.post(begin, json=asked, headers=runner).json() for _ in range(2)]
+    for run, who in zip(runs, (approver, admin), strict=True):
+        [call] = run["required_action"]["tool_calls"]
+        say = {"approvals": [{"call_id": call["id"], "approve": True}], "by": "ann"}
+        decide = f"/v1/runs/{run['id']}/approvals"
+        refused = world.http.post(decide, json=say, headers=runner)
+        assert refused.json()["error"]["code"] == "insufficient_scope"
+        assert not world.desk.acts["refund 9"]
+        waiting = world.http.get("/v1/runs", headers=who).json()["data"]
+        assert run["id"] in [each["id"] for each in waiting]
+        assert world.http.post(decide, json=say, headers=who).status_code == 200
+        world.until(run["id"], "completed")
+        assert world.desk.acts.pop("refund 9") == 1
     again = world.decide(run, True)
     assert (again.status_code, again.json()["error"]["code"]) == (409, "run_ended")
 

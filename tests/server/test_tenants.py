@@ -31,7 +31,7 @@ scheme: github
 secrets: ["${env:HOOK_SECRET}"]
 mapping: {episode_id: episode, value: 0}
 """
-EVERY_SCOPE = ["inference", "runs", "feedback", "admin"]
+EVERY_SCOPE = ["inference", "runs", "approvals", "feedback", "admin"]
 WEIGH = {"type": "function", "function": {"name": "weigh"}}
 SAID = [{"role": "user", "content": "where is my parcel?"}]
 
