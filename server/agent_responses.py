@@ -32,6 +32,14 @@ async def agent_response(
     """Answer a tenant's request of a response by `agent:NAME`. Raises ApiError."""
     run = _run(asked, headers)
     name = asked.body["model"].removeprefix(AGENT_PREFIX)
+    agent = services.agents_of(tenant).get(name)
+    if agent is not None and agent.spec.has_client_functions:
+        raise BadRequest(
+            f"agent {name!r} has functions that its client runs, whose calls this route does not "
+            f"hand out; use /v1/chat/completions or /v1/agents/{name}/runs",
+            code="client_functions_unsupported",
+            param="model",
+        )
     started = await start_run(name, run, services, tenant)
     told = _Told(asked, started, services)
     if run.stream:

@@ -53,7 +53,8 @@ class RunTools:
     """What one run may call."""
 
     def __init__(self, box: Tools, functions: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`functions` are the client's, in OpenAI's shape. Raises ClientFunctionRefused."""
+        """`functions` are those that the request brings, in OpenAI's shape; the client runs them,
+        as it does those that the agent's file declares. Raises ClientFunctionRefused."""
         self._box = box
         self._checks: dict[str, ArgumentCheck] = {}
         for function in functions:
@@ -67,9 +68,9 @@ class RunTools:
             return RunCall(
                 call.id, turn, place, "answered", status=refusal.status, result=refusal.text
             )
-        if call.name in self._checks:
-            return RunCall(call.id, turn, place, "client")
         spec = self._box.spec(call.name)
+        if call.name in self._checks or (spec is not None and spec.by_client):
+            return RunCall(call.id, turn, place, "client")
         return RunCall(
             call.id,
             turn,
@@ -95,7 +96,7 @@ class RunTools:
         if spec is None and self._checks:
             known = ", ".join((*self._box.names, *self._checks))
             return fault("invalid", f"no tool named {call.name[:64]!r}; the tools are: {known}")
-        asks = spec is not None and spec.needs_approval
+        asks = spec is not None and (spec.needs_approval or spec.by_client)
         return self._box.refusal(call.name, call.arguments) if asks else None
 
     def _add(self, function: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from feedback.webhooks.signatures import HmacKey, read_key
 from policy.ownership import DEFAULT_TENANT, TENANT_PATTERN
 from server.agents.context import ContextSpec
 from server.judges.spec import JudgeSpec
-from server.tools.sources import ToolSource
+from server.tools.sources import ClientSource, ToolSource
 
 NAME_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
 
@@ -176,6 +176,11 @@ class AgentSpec(Strict):
                     "model, or set may_judge_itself"
                 )
         return self
+
+    @property
+    def has_client_functions(self) -> bool:
+        """Whether it may call functions that its client runs, whatever the request brings."""
+        return any(isinstance(source, ClientSource) for source in self.tools)
 
     @property
     def learning(self) -> LearningSpec:

@@ -51,6 +51,8 @@ class ToolSpec:
     takes_key: bool = False
     """Whether a call made twice under one idempotency key acts once."""
     needs_approval: bool = False
+    by_client: bool = False
+    """Whether the client of the run calls it, and not this server."""
 
 
 @dataclass(frozen=True, slots=True)

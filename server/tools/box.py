@@ -24,15 +24,22 @@ from server.tools.base import (
     worded,
 )
 from server.tools.breaker import Breaker
+from server.tools.client import ClientTool
 from server.tools.code import open_code_tool
 from server.tools.guard import Guard
 from server.tools.mcp import open_mcp_server
 from server.tools.openapi import open_openapi_tools
 from server.tools.python import PythonTool
 from server.tools.rules import Rules
-from server.tools.sources import CodeSource, McpSource, OpenApiSource, PythonSource
+from server.tools.sources import (
+    ClientSource,
+    CodeSource,
+    McpSource,
+    OpenApiSource,
+    PythonSource,
+)
 
-AnySource = OpenApiSource | McpSource | PythonSource | CodeSource
+AnySource = OpenApiSource | McpSource | PythonSource | CodeSource | ClientSource
 
 _log = logging.getLogger("hone.tools")
 
@@ -162,6 +169,9 @@ async def open_toolbox(sources: Sequence[AnySource]) -> SuppliedToolBox:
     supplies: list[_Ruled] = []
     try:
         for source in sources:
+            if isinstance(source, ClientSource):
+                supplies.append(_Ruled(_Fixed([ClientTool(source)]), Rules({}, {}), Guard()))
+                continue
             rules = Rules.of(source)
             supplies.append(_Ruled(await _supply(source), rules, Guard.of(source)))
         return SuppliedToolBox(supplies)
@@ -171,7 +181,7 @@ async def open_toolbox(sources: Sequence[AnySource]) -> SuppliedToolBox:
         raise
 
 
-async def _supply(source: AnySource) -> Supply:
+async def _supply(source: OpenApiSource | McpSource | PythonSource | CodeSource) -> Supply:
     if isinstance(source, OpenApiSource):
         return _Fixed(await open_openapi_tools(source))
     if isinstance(source, McpSource):

@@ -203,8 +203,22 @@ class CodeSource(Source):
         return self.name
 
 
+class ClientSource(Strict):
+    """A function that the client of a run calls itself; the run waits for its result."""
+
+    client: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Its name.")
+    description: str = Field("", max_length=4096)
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda: {"type": "object", "properties": {}},
+        description="JSON Schema (2020-12) of its arguments.",
+    )
+
+    def __str__(self) -> str:
+        return self.client
+
+
 def _kind(value: Any) -> str | None:
-    for kind in ("openapi", "mcp", "python", "code"):
+    for kind in ("openapi", "mcp", "python", "code", "client"):
         if (kind in value) if isinstance(value, Mapping) else hasattr(value, kind):
             return kind
     return None
@@ -214,10 +228,12 @@ ToolSource = Annotated[
     Annotated[OpenApiSource, Tag("openapi")]
     | Annotated[McpSource, Tag("mcp")]
     | Annotated[PythonSource, Tag("python")]
-    | Annotated[CodeSource, Tag("code")],
+    | Annotated[CodeSource, Tag("code")]
+    | Annotated[ClientSource, Tag("client")],
     Discriminator(
         _kind,
         custom_error_type="tool_kind",
-        custom_error_message="a tool needs one of the keys 'openapi', 'mcp', 'python' or 'code'",
+        custom_error_message="a tool needs one of the keys 'openapi', 'mcp', 'python', 'code' or "
+        "'client'",
     ),
 ]

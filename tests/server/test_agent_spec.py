@@ -88,7 +88,7 @@ def test_the_policy_may_have_a_name_of_its_own() -> None:
         ("system: hi", "name: is missing"),
         ("name: Desk One", "name: String should match pattern"),
         ("name: desk\nlimits: {turns: 0}", "limits.turns: Input should be greater than"),
-        ("name: desk\ntools: [{a2a: x}]", "keys 'openapi', 'mcp', 'python' or 'code'"),
+        ("name: desk\ntools: [{a2a: x}]", "keys 'openapi', 'mcp', 'python', 'code' or 'client'"),
         ("name: desk\ntools: [{mcp: npx}]", "tools.0.mcp: Value error, mcp is 'npx'; expected a"),
         ("name: desk\ntools: [{mcp: []}]", "mcp is an empty list"),
         ("name: desk\ntools: [{mcp: [x], headers: {a: b}}]", "headers and allow_hosts are a URL"),

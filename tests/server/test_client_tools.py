@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 from policy.scripted import scripted_logprobs
 from policy.types import AdapterRef
+from server.agents.spec import AgentFileError, load_agents
+from server.tools.base import ToolUnavailable
+from server.tools.box import open_toolbox
 from tests.server.house import House, running, scripted_parts, write_agent
 from tests.server.run_house import Booking, agent_of, booking, plan, planning_engine, settings_for
 
@@ -38,6 +42,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, Boo
         write_agent(folder, closed, "closed")
         brief = agent_of(url, name="brief", limits={"client_seconds": 0.3, "approval_seconds": 0.3})
         write_agent(folder, brief, "brief")
+        scales = {"client": "weigh", **WEIGH["function"]}
+        del scales["name"]
+        weigher = json.loads(agent_of(url, name="weigher"))
+        write_agent(
+            folder, json.dumps({**weigher, "tools": [*weigher["tools"], scales]}), "weigher"
+        )
         parts = scripted_parts(folder, engine=lambda base, settings: planning_engine())
         with running(settings_for(folder), parts) as house:
             yield house, desk
@@ -211,6 +221,75 @@ def test_a_run_by_its_own_routes(house: House) -> None:
     assert {key: stored[key] for key in ended} == ended, "the record tells the same"
 
 
+def test_a_function_of_the_agents_file_waits_for_the_client_as_one_of_the_request_does(
+    client: openai.OpenAI, house: House
+) -> None:
+    """Both at once, with a tool of the agent's own between them; and arguments are checked."""
+    [agent] = [a for a in house.http.get("/v1/agents").json()["data"] if a["id"] == "weigher"]
+    assert "weigh" in agent["tools"]
+    messages = ask(
+        [["weigh", {"parcel": "seven"}]],
+        [["weigh", {"parcel": 7}], ["look", {"n": 3}], ["measure", {}]],
+        "I see.",
+    )
+    tools: Any = [{"type": "function", "function": {"name": "measure"}}]
+    first = client.chat.completions.create(model="agent:weigher", messages=messages, tools=tools)
+    calls = first.choices[0].message.tool_calls
+    assert calls is not None
+    assert [call.function.name for call in calls if call.type == "function"] == ["weigh", "measure"]
+    messages.append(first.choices[0].message)
+    for call, said in zip(calls, ("7 kg", "9 cm"), strict=True):
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": said})
+    last = client.chat.completions.create(model="agent:weigher", messages=messages, tools=tools)
+    assert last.choices[0].message.content == "I see."
+    assert last.metadata is not None
+    turns = house.episode(last.metadata["episode_id"])["turns"]
+    assert [[call["status"] for call in turn["tool_calls"]] for turn in turns] == [
+        ["invalid"], ["ok", "ok", "ok"], [],
+    ]  # fmt: skip
+    assert [call["result"] for call in turns[1]["tool_calls"]] == [
+        "7 kg", '{"did":"look 3"}', "9 cm",
+    ]  # fmt: skip
+    check_truth(house, last.metadata["episode_id"])
+
+
+def test_a_run_waits_for_a_function_of_the_agents_file(house: House) -> None:
+    asked = {"input": plan([["weigh", {"parcel": 7}]]), "background": True}
+    run_id = house.http.post("/v1/agents/weigher/runs", json=asked).json()["id"]
+    where = f"/v1/runs/{run_id}"
+    house.until(lambda: house.http.get(where).json()["status"] == "requires_action")
+    [call] = house.http.get(where).json()["required_action"]["tool_calls"]
+    assert (call["name"], call["needs"]) == ("weigh", "output")
+    say = {"tool_outputs": [{"tool_call_id": call["id"], "output": "7 kg"}]}
+    assert house.http.post(f"{where}/tool_outputs", json=say).status_code == 200
+    house.until(lambda: house.http.get(where).json()["status"] == "completed")
+    assert house.http.get(where).json()["output"] == "heard 7 kg"
+
+
+def test_a_route_that_cannot_hand_the_calls_out_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="agent:weigher", input="hello")
+    assert refused.value.code == "client_functions_unsupported"
+
+
+@pytest.mark.parametrize(
+    ("tools", "why"),
+    [
+        ([{"client": "look_up"}, {"python": "tests.server.house_tools:look_up"}], "two tools"),
+        ([{"client": "weigh"}, {"client": "weigh"}], "two tools"),
+        ([{"client": "weigh", "parameters": {"type": 7}}], "not valid JSON Schema"),
+        ([{"client": "weigh it"}], "client: String should match"),
+        ([{"client": "weigh", "retries": 2}], "retries: unknown key"),
+    ],
+)
+def test_a_file_that_declares_it_wrongly_is_refused_at_the_start(
+    tmp_path: Path, tools: list[Any], why: str
+) -> None:
+    write_agent(tmp_path, json.dumps({"name": "desk", "tools": tools}))
+    with pytest.raises((AgentFileError, ToolUnavailable), match=why):
+        asyncio.run(open_toolbox(load_agents(tmp_path / "agents")["desk"].tools))
+
+
 def test_a_client_that_does_not_come_back_ends_the_run(house: House) -> None:
     body = {"input": plan([["weigh", {"parcel": 7}]]), "tools": [WEIGH]}
     paused = house.http.post("/v1/agents/brief/runs", json=body).json()
@@ -224,6 +303,7 @@ def test_a_client_that_does_not_come_back_ends_the_run(house: House) -> None:
 @pytest.mark.parametrize(
     ("agent", "tools", "code"),
     [
+        ("weigher", [WEIGH], "invalid_tools"),
         ("closed", [WEIGH], "client_tools_refused"),
         ("desk", [WEIGH, WEIGH], "invalid_tools"),
         ("desk", [{"type": "function", "function": {"name": "look"}}], "invalid_tools"),
