@@ -1,7 +1,7 @@
-"""Chat and text completions of a remote vLLM server, on our app, with each generation reported.
+"""The OpenAI routes of a remote vLLM server, on our app, with each generation reported.
 
 The remote is asked to tell ids and log-probabilities; what the client did not ask for is taken out
-again. vLLM's responses route tells no ids, and is not forwarded.
+again. Its responses route tells neither as they come: responses are made of its chats.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -21,10 +21,13 @@ from starlette.routing import Route
 from policy.engine import EngineError
 from policy.generation import GenerationRecorder, OnGeneration
 from policy.remote_engine import NEUTRAL, RemoteRefused, RemoteVllm, events, stop_reason
+from policy.remote_response_events import ResponseEvents
+from policy.remote_responses import Json, NotInChat, chat_of, response_of
 from policy.types import AdapterRef, Sampling
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 _BENDS = {
     "top_p": 1, "top_k": 0, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0,
     "repetition_penalty": 1, "min_tokens": 0, "logit_bias": {}, "bad_words": [],
@@ -47,8 +50,7 @@ def attach_remote_routes(
     `decode` gives the text of sampled ids as the policy's own format reads it.
     """
 
-    async def forward(request: Request) -> Response:
-        path, body = request.url.path, await request.json()
+    async def answered(path: str, body: Json, shown: _Shown) -> Response:
         ref = _ref_of(body["model"], base_name)
         told = _Forwarded(path, body, ref, on_generation, decode)
         async with AsyncExitStack() as stack:
@@ -59,22 +61,63 @@ def attach_remote_routes(
                 return Response(error.body, error.status, media_type="application/json")
             if body.get("stream"):
                 # The connection lives as long as the stream does.
-                lines = told.stream(answer, stack.pop_all())
+                lines = shown.stream(told.pieces(answer, stack.pop_all()))
                 return StreamingResponse(lines, media_type="text/event-stream")
-            return JSONResponse(told.whole(await answer.json()))
+            return JSONResponse(shown.whole(told.whole(await answer.json())))
 
-    async def refused(request: Request) -> Response:
-        error = {
-            "message": "the engine is a remote one, which tells no token ids of responses; use "
-            "/v1/chat/completions, or an agent as the model",
-            "type": "invalid_request_error",
-            "param": "model",
-            "code": "unsupported_by_engine",
-        }
-        return JSONResponse({"error": error}, status_code=400)
+    async def forward(request: Request) -> Response:
+        return await answered(request.url.path, await request.json(), _Shown())
 
-    for path, route in ((CHAT, forward), (COMPLETIONS, forward), ("/v1/responses", refused)):
+    async def respond(request: Request) -> Response:
+        body = await request.json()
+        try:
+            chat = chat_of(body)
+        except NotInChat as error:
+            told = {"type": "invalid_request_error", "code": "unsupported_by_engine"}
+            said = {"message": str(error), "param": error.param, **told}
+            return JSONResponse({"error": said}, status_code=400)
+        return await answered(CHAT, chat, _ShownAsResponse(body))
+
+    for path, route in ((CHAT, forward), (COMPLETIONS, forward), (RESPONSES, respond)):
         app.router.routes.append(Route(path, route, methods=["POST"], name=f"openai:{path}"))
+
+
+class _Shown:
+    """How the client sees an answer: as the remote told it."""
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return answer
+
+    async def stream(self, pieces: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield b"data: " + json.dumps(piece).encode() + b"\n\n"
+        except EngineError as error:
+            told = {"message": str(error), "type": "server_error", "param": None, "code": 500}
+            yield b"data: " + json.dumps({"error": told}).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+
+class _ShownAsResponse(_Shown):
+    """A chat's answer, as the response to `body`. What breaks a stream off is raised."""
+
+    def __init__(self, body: Json) -> None:
+        self._body = body
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return response_of(self._body, answer)
+
+    async def stream(self, pieces: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        events = ResponseEvents(self._body)
+        for event in events.begin():
+            yield event
+        async with aclosing(pieces):
+            async for piece in pieces:
+                for event in events.piece(piece):
+                    yield event
+        for event in events.end():
+            yield event
 
 
 class _Forwarded:
@@ -118,10 +161,11 @@ class _Forwarded:
         self._report()
         return self._shown(answer)
 
-    async def stream(
+    async def pieces(
         self, answer: aiohttp.ClientResponse, connection: AsyncExitStack
-    ) -> AsyncIterator[bytes]:
-        """The same for each event; one that only told ids is not for the client."""
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """The same for each event; one that only told ids is not for the client. Raises
+        EngineError if the remote breaks off."""
         try:
             async with connection, aclosing(events(answer)) as pieces:
                 async for piece in pieces:
@@ -129,13 +173,9 @@ class _Forwarded:
                         self._add(piece, choice)
                     shown = self._shown(piece)
                     if not shown["choices"] or any(map(_says, shown["choices"])):
-                        yield b"data: " + json.dumps(shown).encode() + b"\n\n"
-        except EngineError as error:
-            told = {"message": str(error), "type": "server_error", "param": None, "code": 500}
-            yield b"data: " + json.dumps({"error": told}).encode() + b"\n\n"
+                        yield shown
         finally:
             self._report()
-        yield b"data: [DONE]\n\n"
 
     def forget(self) -> None:
         """The remote refused: there is nothing to report."""

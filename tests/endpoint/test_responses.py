@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import openai
 import pytest
 
+from policy.engine import EngineUnreachable
+from policy.remote_engine import events
 from tests.endpoint.conftest import Site
 from tests.endpoint.test_token_truth import ASK, FLAT_STRICT
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CALLED: dict[str, Any] = {"tools": [FLAT_STRICT], "tool_choice": "required", "temperature": 0}
+
+
+@pytest.fixture
+def site(each_site: Site) -> Site:
+    """Whatever the engine, the route is the same."""
+    return each_site
 
 
 async def create(site: Site, **asked: Any) -> Any:
@@ -23,6 +35,17 @@ async def create(site: Site, **asked: Any) -> Any:
 
 async def turns_of(site: Site, reply: Any) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = (await site.episode(reply.metadata["episode_id"]))["turns"]
+    return turns
+
+
+async def recorded(site: Site, episode_id: str) -> list[dict[str, Any]]:
+    """The turns of an episode whose client is not told when they are on disk."""
+    for _ in range(200):
+        found = (await site.http.get(f"/v1/episodes/{episode_id}")).json()
+        if found.get("turns"):
+            break
+        await asyncio.sleep(0.05)
+    turns: list[dict[str, Any]] = found["turns"]
     return turns
 
 
@@ -139,3 +162,99 @@ async def test_an_agents_response_goes_on_too(site: Site) -> None:
         "response.content_part.added", "response.output_text.delta", "response.output_text.done",
         "response.content_part.done", "response.output_item.done", "response.completed",
     ]  # fmt: skip
+
+
+SAID = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+CALL = {
+    "type": "function_call",
+    "id": "fc_1",
+    "call_id": "call_1",
+    "name": "cancel",
+    "arguments": '{"order": 7}',
+    "status": "completed",
+}
+GONE = {"type": "function_call_output", "call_id": "call_1", "output": "It is gone."}
+HELLO = {"role": "user", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"input": "hello"},
+        {"input": [HELLO], "instructions": "Be brief.", "tools": [FLAT_STRICT]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]},
+        {"input": [{"role": "developer", "content": "Be brief."}, HELLO]},
+        {
+            "input": [
+                HELLO,
+                {**SAID, "content": [{"type": "output_text", "text": "Sure.", "annotations": []}]},
+                CALL,
+                {**CALL, "id": "fc_2", "call_id": "call_2"},
+                GONE,
+                {**GONE, "call_id": "call_2"},
+            ],
+            "tools": [FLAT_STRICT],
+        },
+        {"input": [HELLO, CALL, GONE, {"role": "user", "content": "Thanks."}]},
+    ],
+    ids=["text", "instructed", "parts", "developer", "said and called", "called"],
+)
+async def test_a_remote_engine_reads_the_same_prompt(
+    local_site: Site, remote_site: Site, asked: dict[str, Any]
+) -> None:
+    prompts = []
+    for engine in (local_site, remote_site):
+        engine.said.clear()
+        await create(engine, model="base", temperature=0, **asked)
+        prompts.append(engine.said[0].prompt_ids)
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "custom", "name": "poem"}]}, "tools[0].type"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        ({"tools": "hammer"}, "tools"),
+    ],
+)
+async def test_what_a_remote_engine_cannot_be_asked_is_named(
+    remote_site: Site, change: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        await create(remote_site, **change)
+    assert (refused.value.code, refused.value.param) == ("unsupported_by_engine", param)
+
+
+async def test_a_client_that_hangs_up_leaves_what_was_sampled(site: Site) -> None:
+    stream = await create(
+        site, stream=True, max_output_tokens=600, extra_body={"ignore_eos": True}
+    )  # fmt: skip
+    first, *_ = [await anext(stream) for _ in range(8)]
+    await stream.close()
+    episode_id = first.response.metadata["episode_id"]
+    [turn] = await recorded(site, episode_id)
+    assert turn["fault"] == "cut off: the client hung up"
+    assert 4 <= len(turn["token_ids"]) == len(turn["logprobs"]) < 600
+
+
+async def test_a_remote_that_breaks_off_ends_the_stream_with_an_error(
+    remote_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = events
+
+    async def broken(answer: Any) -> AsyncGenerator[dict[str, Any]]:
+        async with aclosing(whole(answer)) as pieces:
+            for _ in range(5):
+                yield await anext(pieces)
+        raise EngineUnreachable("it is gone")
+
+    monkeypatch.setattr("policy.remote_routes.events", broken)
+    asked = {"model": "desk", "input": ASK, "stream": True}
+    answer = await remote_site.http.post("/v1/responses", json=asked)
+    *_, last = answer.text.strip().split("\n\n")
+    event = json.loads(last.partition("\ndata: ")[2])
+    assert (event["type"], event["code"]) == ("error", "engine_unavailable")
+    [turn] = await recorded(remote_site, answer.headers["x-hone-episode"])
+    assert turn["stop_reason"] == "abort" and turn["token_ids"]

@@ -247,10 +247,10 @@ async def test_a_raw_completion_is_recorded_as_it_was_sampled(
 
 
 @pytest.mark.parametrize("shape", RESPONSES, ids=named)
-async def test_a_response_is_recorded_as_it_was_sampled(site: Site, shape: Shape) -> None:
+async def test_a_response_is_recorded_as_it_was_sampled(each_site: Site, shape: Shape) -> None:
     asked: dict[str, Any] = {"model": "desk", "input": ASK, "max_output_tokens": 40} | shape.asked
-    reply = await site.client.responses.create(**asked)
-    [said] = await assert_recorded(site, dict(reply.metadata or {}), shape)
+    reply = await each_site.client.responses.create(**asked)
+    [said] = await assert_recorded(each_site, dict(reply.metadata or {}), shape)
     assert reply.usage is not None
     assert reply.usage.output_tokens == len(said.token_ids)
     if asked.get("tool_choice") not in (None, "none"):
@@ -267,12 +267,16 @@ async def test_a_response_is_recorded_as_it_was_sampled(site: Site, shape: Shape
 
 
 @pytest.mark.parametrize("shape", RESPONSES, ids=named)
-async def test_a_streamed_response_is_recorded_as_it_was_sampled(site: Site, shape: Shape) -> None:
+async def test_a_streamed_response_is_recorded_as_it_was_sampled(
+    each_site: Site, shape: Shape
+) -> None:
     asked: dict[str, Any] = {"model": "desk", "input": ASK, "max_output_tokens": 40} | shape.asked
-    events = [event async for event in await site.client.responses.create(**asked, stream=True)]
+    events = [
+        event async for event in await each_site.client.responses.create(**asked, stream=True)
+    ]
     last = events[-1]
     assert last.type in ("response.completed", "response.incomplete")
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    [said] = await assert_recorded(site, dict(last.response.metadata or {}), shape)
+    [said] = await assert_recorded(each_site, dict(last.response.metadata or {}), shape)
     assert last.response.usage is not None
     assert last.response.usage.output_tokens == len(said.token_ids)
