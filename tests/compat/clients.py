@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
 from examples.desk.stack import Stack
@@ -59,9 +60,9 @@ def environment_of(peer: str) -> Path:
     return folder / "bin"
 
 
-def run(command: Sequence[str | Path], hone_url: str, seconds: int = 240) -> str:
-    """What a peer prints; a failure shows it."""
-    variables = {**os.environ, "HONE_URL": hone_url, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+def run(command: Sequence[str | Path], hone_url: str, seconds: int = 240, **more: str) -> str:
+    """What a peer prints; a failure shows it. `more` are variables for it."""
+    variables = {**os.environ, "HONE_URL": hone_url, "LITELLM_LOCAL_MODEL_COST_MAP": "True", **more}
     done = subprocess.run(
         command, env=variables, cwd=HOME, capture_output=True, text=True, timeout=seconds,
         check=False,
@@ -103,9 +104,26 @@ def locked_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield stack.hone_url
 
 
+def made(url: str) -> dict[str, str]:
+    """Things with ids, so that routes that take one have something to answer of."""
+
+    def id_of(path: str, **body: object) -> str:
+        headers = {"authorization": f"Bearer {KEY}"}
+        answer = httpx.post(f"{url}{path}", json=body, headers=headers, timeout=60)
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
+
+    return {
+        "RUN_ID": id_of("/v1/agents/desk/runs", input="Please cancel the lamp of Bavorik."),
+        "RESPONSE_ID": id_of("/v1/responses", model="desk", input="hello", max_output_tokens=8),
+        "KEY_ID": id_of("/v1/keys", name="to be revoked", scopes=["runs"]),
+    }
+
+
 def test_the_openapi_document_says_what_the_server_does(locked_url: str) -> None:
     program: list[str | Path] = [environment_of("schemathesis") / "schemathesis"]
     program += ["--config-file", PEERS / "schemathesis.toml"]
     options = ["--checks", "all", "--max-examples", "50", "--continue-on-failure", "--no-color"]
     options += ["-H", f"Authorization: Bearer {KEY}"]
-    run([*program, "run", f"{locked_url}/openapi.json", *options], locked_url, seconds=900)
+    command = [*program, "run", f"{locked_url}/openapi.json", *options]
+    run(command, locked_url, seconds=900, **made(locked_url))
