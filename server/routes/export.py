@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
@@ -24,6 +24,10 @@ from server.services import Services, ServicesOf
 router = APIRouter(prefix="/v1/export", tags=["export"])
 
 _LINES = "application/jsonl"
+_ROWS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One JSON object a line.", "content": {_LINES: {}}}
+}
+"""For the OpenAPI document."""
 
 
 class ExportIn(BaseModel):
@@ -44,7 +48,7 @@ class ExportIn(BaseModel):
     tokens: bool = Field(True, description="Whether to tell token ids and log-probabilities.")
 
 
-@router.get("/episodes", response_class=StreamingResponse)
+@router.get("/episodes", response_class=StreamingResponse, responses=_ROWS)
 async def export_episodes(
     services: ServicesOf, caller: CallerOf, query: Annotated[ExportIn, Query()]
 ) -> StreamingResponse:
@@ -56,7 +60,7 @@ async def export_episodes(
     return await _stream(services, caller.tenant, query, rows)
 
 
-@router.get("/feedback", response_class=StreamingResponse)
+@router.get("/feedback", response_class=StreamingResponse, responses=_ROWS)
 async def export_feedback(
     services: ServicesOf, caller: CallerOf, query: Annotated[ExportIn, Query()]
 ) -> StreamingResponse:
