@@ -42,7 +42,7 @@ class Grant:
     id: int
     fence: int
     dropped: Mapping[str, int]
-    resumed: bool
+    tries: int
     rewards: Mapping[str, float]
     """By episode id, oldest first."""
     amendments: tuple[Amendment, ...] = ()
@@ -66,6 +66,7 @@ def grant(
     line = line_of(connection, spec.policy)
     expires = now + lease_seconds
     run = _unfinished(connection, spec.policy, owner, now) if spec.training.enabled else None
+    tries, again = 1, {}
     if run is None:
         near = near_versions(spec.training, live_version, oldest_version)
         _drop_stale(connection, spec, near, now)
@@ -80,18 +81,20 @@ def grant(
         )
     else:
         run_id = run.id
+        tries = run.figures.get("tries", 1) + 1
+        again = {"figures": {**run.figures, "tries": tries}}
     fence = line.fence + 1
     connection.execute(update(LINE).where(LINE.c.policy == spec.policy), {"fence": fence})
     connection.execute(
         update(RUN).where(RUN.c.id == run_id),
-        {"owner": owner, "fence": fence, "lease_expires_at": expires},
+        {"owner": owner, "fence": fence, "lease_expires_at": expires, **again},
     )
     row = connection.execute(select(RUN).where(RUN.c.id == run_id)).one()
     return Grant(
         run_id,
         fence,
         row.dropped,
-        run is not None,
+        tries,
         _rewards(connection, run_id),
         amendments.of_run(connection, run_id),
     )

@@ -280,10 +280,11 @@ class Store:
             spec.policy,
             rewarded,
             grant.dropped,
-            grant.resumed,
+            grant.tries > 1,
             grant.amendments,
             corrections,
             preferences,
+            grant.tries,
         )
 
     def older_successes(self, claim: Claim, count: int) -> list[RewardedEpisode]:

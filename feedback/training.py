@@ -79,6 +79,8 @@ class Claim:
     """Of this batch's episodes."""
     preferences: Sequence[Preference] = ()
     """Between two episodes of this batch."""
+    tries: int = 1
+    """How often it was claimed so far, each time but this one without an end."""
 
 
 @dataclass(frozen=True, slots=True)

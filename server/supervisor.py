@@ -20,8 +20,9 @@ from server.background import cancel
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
-STEADY_SECONDS = 60.0
-"""A child that ran this long was well: its next restart is quick again."""
+STEADY_SECONDS = 600.0
+"""A child that ran this long was well: its next restart is quick again. Work that ends it each time
+takes less, mostly."""
 _LEVELS = logging.getLevelNamesMapping()
 
 

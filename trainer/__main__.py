@@ -20,6 +20,7 @@ from policy.base_model import resolve_base_model
 from policy.chat import load_chat_format
 from policy.registry import Registry
 from policy.releases import Releases
+from trainer.backoff import Budget
 from trainer.checkpoint import Checkpoints
 from trainer.gate import Gate, Parity
 from trainer.gate_episodes import OnEpisodes
@@ -42,12 +43,13 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
     wakeup = open_wakeup(settings.storage.redis)
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
     model = LoraModel(base.path, device=section.device, dtype=settings.model.dtype)
+    budget = Budget(section.microbatch_tokens)
     gate = Gate(
         [
             FiniteWeights(),
             Moved(),
             BoundedNorm(model.weight_norm),
-            OnEpisodes(store, model, stop, token_budget=section.microbatch_tokens),
+            OnEpisodes(store, model, stop, budget=budget),
             Parity(releases, stop, seconds=section.gate_seconds),
             HeldOut(section.base_url, stop, seconds=section.gate_seconds, seed=section.seed),
         ]
@@ -65,6 +67,7 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
         model=model,
         gate=gate,
         settings=section,
+        budget=budget,
         stop=stop,
         wakeup=wakeup,
         encode=_encoder(base.path),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from feedback.spec import GateSpec, LearningSpec
 from feedback.training import RewardedEpisode
+from trainer.backoff import Budget
 from trainer.batch import Sample, microbatches, rows_of
 from trainer.gate import Finding, Trial
 from trainer.model import Comparison, LoraModel
@@ -57,13 +58,11 @@ class OnEpisodes:
     used for the estimate: what was trained on would praise the candidate.
     """
 
-    def __init__(
-        self, episodes: Episodes, model: LoraModel, stop: Stop, *, token_budget: int
-    ) -> None:
+    def __init__(self, episodes: Episodes, model: LoraModel, stop: Stop, *, budget: Budget) -> None:
         self._episodes = episodes
         self._model = model
         self._stop = stop
-        self._token_budget = token_budget
+        self._budget = budget
 
     def judge(self, trial: Trial) -> Finding:
         limit = trial.spec.episodes
@@ -93,7 +92,7 @@ class OnEpisodes:
     def _read(self, samples: Sequence[Sample]) -> Reading:
         log_ratios = torch.zeros(len(samples))
         told: list[Comparison] = []
-        for batch in microbatches(samples, token_budget=self._token_budget):
+        for batch in microbatches(samples, token_budget=self._budget.tokens):
             self._stop.check()
             seen = self._model.compare(batch)
             log_ratios.index_add_(0, batch.episode, seen.logprobs - batch.behaviour)

@@ -50,3 +50,11 @@ class Stop:
                 break
         self._news.clear()
         self.check()
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, whatever news there are; raises Stopped as `wait` does."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(_SLICE_SECONDS, left))
+        self.check()

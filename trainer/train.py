@@ -15,7 +15,9 @@ With `training.canary` a version that passed is tried out instead; the server de
 then the line waits: there is one candidate at a time. It waits too while what is live is pinned.
 
 Killed anywhere before `finish`, the episodes are claimed again and the folder is never named by a
-release; killed after it, the next start judges the candidate. This file only orders the parts.
+release; killed after it, the next start judges the candidate. What does not fit into memory is
+tried again in smaller pieces; a line whose updates fail waits longer each time (`backoff`). This
+file only orders the parts.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from feedback.wakeup import Wakeup, pause_of
 from policy.registry import AdapterCorrupt, AdapterInvalid, Registry, RegistryError
 from policy.releases import LivePinned, ReleaseConflict, ReleaseError, ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
+from trainer.backoff import Backoff, Budget, ran_out_of_memory
 from trainer.baseline import Baseline
 from trainer.batch import Sample
 from trainer.checkpoint import Checkpoint, Checkpoints
@@ -54,6 +57,8 @@ COMPARED = 16
 """Episodes on which the engine is compared with the trainer, where the update does not do it."""
 PROBE_TOKENS = 128
 """Longest probe: every server start pays for it once a version."""
+MOST_TRIES = 8
+"""Of a batch with which the process ended each time, without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class Trainer:
         model: LoraModel,
         gate: Gate,
         settings: TrainerSection,
+        budget: Budget,
         stop: Stop,
         wakeup: Wakeup,
         encode: Encode,
@@ -88,6 +94,8 @@ class Trainer:
         self._model = model
         self._gate = gate
         self._settings = settings
+        self._budget = budget
+        self._backoff = Backoff()
         self._stop = stop
         self._wakeup = wakeup
         self._encode = encode
@@ -125,6 +133,8 @@ class Trainer:
         state = self._releases.state(spec.policy)
         if state.canary is not None or state.is_frozen or not self._is_there(state.live):
             return False
+        if self._backoff.waits(spec.policy):
+            return False
         live = state.live
         claim = self._store.claim(
             spec,
@@ -155,10 +165,52 @@ class Trainer:
             self._judge(spec, ref)
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
+        """One update, if it fits into memory; else the batch is given back, and at last given up.
+
+        What interrupts the process itself is left to its next start, but not for ever.
+        """
+        if claim.tries > MOST_TRIES:
+            told = f"the trainer's process ended {MOST_TRIES} times while it was at this batch"
+            self._give_up(claim, {}, told)
+            self._backoff.failed(spec.policy)
+            return
+        self._budget.resume(claim.tries)
+        try:
+            self._update(spec, claim, live)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            told, again = self._shrink(error)
+            if again:
+                logger.error("the update of %s is given back: %s", live, told)
+                self._store.abandon(claim, told)
+            else:
+                self._give_up(claim, {}, told)
+        # Out here the error, and all that its frames held, is gone. It is the whole process that
+        # is short of memory: no other line is worked on meanwhile.
+        self._stop.pause(self._backoff.failed(spec.policy))
+
+    def _shrink(self, error: BaseException) -> tuple[str, bool]:
+        """What is said of work that did not fit, and whether to try it again."""
+        before, again = self._budget.tokens, self._budget.shrink()
+        told = (
+            f"out of memory with {before} tokens going through the model at once, of "
+            f"microbatch_tokens = {self._settings.microbatch_tokens}: {str(error)[:200]}"
+        )
+        return f"{told}; the next try has {self._budget.tokens}" if again else told, again
+
+    def _give_up(self, claim: Claim, figures: Mapping[str, float | str], told: str) -> None:
+        """The same episodes would fail again: they are consumed, and the run says why."""
+        logger.error("the update of %s failed: %s", claim.policy, told)
+        self._store.finish(claim, version=None, figures={**figures, "outcome": told})
+
+    def _update(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
         baseline = self._baseline(live)
         job, figures = prepared(
             self._store, spec, claim, live, baseline=baseline, encode=self._encode
         )
+        figures["microbatch_tokens"] = float(self._budget.tokens)
         logger.info("an update of %s begins", live, extra={"figures": figures})
         self._store.update_run(claim, "training", figures)
         if not job.samples:
@@ -167,9 +219,8 @@ class Trainer:
         try:
             trained = self._train(job)
         except (UpdateDiverged, AdapterInvalid) as error:
-            # The same episodes would fail again: they are consumed, and the run says why.
-            logger.error("the update of %s failed: %s", live, error)
-            self._store.finish(claim, version=None, figures=figures | {"outcome": str(error)})
+            self._give_up(claim, figures, str(error))
+            self._backoff.failed(spec.policy)
             return
         except RegistryError as error:
             # The episodes are not to blame. Damage is for good: they wait for another version. What
@@ -178,10 +229,13 @@ class Trainer:
             if isinstance(error, AdapterCorrupt):
                 self._unusable.add(live)
             self._store.abandon(claim, str(error))
+            self._backoff.failed(spec.policy)
             return
         finally:
             self._model.detach()
+        self._budget.fitted()
         self._publish(claim, trained, figures)
+        self._backoff.went_well(spec.policy)
 
     def _train(self, job: Job) -> Trained:
         training, live, claim = job.training, job.live, job.claim
@@ -201,7 +255,7 @@ class Trainer:
         ) as heartbeat:
             figures = update(
                 self._model, optimizer, job.samples, training, job.algorithm, critic=critic,
-                seed=seed, token_budget=self._settings.microbatch_tokens, on_progress=heartbeat,
+                seed=seed, token_budget=self._budget.tokens, on_progress=heartbeat,
             ) | engine  # fmt: skip
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
         adapter = self._publish_folder(live, _probe(self._model, job.samples), figures)
@@ -230,7 +284,7 @@ class Trainer:
         self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
         look(
             self._model, sampled_by(episodes, version, most=COMPARED),
-            token_budget=self._settings.microbatch_tokens,
+            token_budget=self._budget.tokens,
             on_batch=lambda batch, scored: gaps.add(scored.logprobs.cpu() - batch.behaviour),
         )  # fmt: skip
         check_engine(gaps, training.max_engine_gap)
@@ -289,7 +343,7 @@ class Trainer:
             self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
             return
         folder = None if live.is_base else self._registry.get(live).path
-        verdict = self._gate.judge(Trial(candidate, live, folder, spec.training.gate, spec))
+        verdict = self._verdict(Trial(candidate, live, folder, spec.training.gate, spec))
         if not verdict.passed:
             self._reject(ref, verdict.reason, verdict.figures)
             return
@@ -302,6 +356,20 @@ class Trainer:
             self._reject(ref, str(error), verdict.figures)
             return
         self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
+
+    def _verdict(self, trial: Trial) -> Verdict:
+        """The gate's, in pieces as small as it takes."""
+        while True:
+            try:
+                return self._gate.judge(trial)
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                told, again = self._shrink(error)
+            if not again:
+                return Verdict(False, told, {})
+            logger.error("%s is judged again: %s", trial.candidate.ref, told)
+            self._stop.pause(self._backoff.failed(trial.candidate.ref.policy))
 
     def _whole(self, ref: AdapterRef) -> Adapter | None:
         """A candidate that can be read; one that is damaged is rejected, others wait."""

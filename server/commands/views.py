@@ -206,6 +206,9 @@ def _training_panel(policy: Json) -> Panel:
     for run in policy["runs"][:3]:
         said = escape(f"{run['state']}, {run['n_episodes']} episodes {_figures(run['figures'])}")
         rows.add_row(f"run {run['id']}", said)
+        why = run["reason"] or run["figures"].get("outcome")
+        if why:
+            rows.add_row("", f"[yellow]{escape(why)}[/]")
     return Panel(rows, title=f"training {policy['policy']}", title_align="left", expand=False)
 
 

@@ -25,6 +25,7 @@ from policy.types import AdapterRef
 from tests.faults.publishing import aside, is_whole, versions
 from tests.faults.scenarios import Acknowledge, Scenario, nothing, patiently, url_of
 from tests.trainer.conftest import record_episodes, write_base
+from trainer.backoff import Budget
 from trainer.baseline import Baseline
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.gate import Finding, Gate, Trial
@@ -146,6 +147,7 @@ def _update(folder: Path, acknowledge: Acknowledge) -> None:
         model=_model(),
         gate=Gate([FiniteWeights(), Moved(), _Proven(releases)]),
         settings=TrainerSection(),
+        budget=Budget(4096),
         stop=Stop(),
         wakeup=InProcess(),
         encode=lambda text: [],  # nobody corrects anything here

@@ -6,9 +6,9 @@ import contextlib
 import random
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -16,8 +16,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
+from policy.registry import Registry
 from policy.releases import ReleaseConflict, Releases
+from policy.types import Adapter, AdapterRef
+from trainer.__main__ import build
 from trainer.model import LoraModel
+from trainer.settings import TrainerSettings, load_specs
+from trainer.stop import Stop
+from trainer.train import Trainer
 
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Episode]
@@ -184,3 +190,50 @@ class StandInController:
 @pytest.fixture
 def controller() -> type[StandInController]:
     return StandInController
+
+
+class World:
+    """A trainer over a record of its own, and eyes on what it did."""
+
+    def __init__(self, folder: Path, base_folder: Path, **options: Any) -> None:
+        """`options` change the settings' section `trainer`."""
+        self.folder = folder
+        self.base_folder = base_folder
+        self.stop = Stop()
+        settings = TrainerSettings()
+        settings.trainer = settings.trainer.model_copy(update=options)
+        self.trainer: Trainer = build(settings, self.stop)
+        self.registry: Registry = self.trainer._registry
+        self.store = Store.open(settings.storage.database)
+        self.releases = Releases(self.store.database)
+        self.spec = load_specs(folder / "agents")["line"]
+
+    def again(self, **options: Any) -> World:
+        """Started anew, under other settings."""
+        self.store.close()
+        return World(self.folder, self.base_folder, **options)
+
+    def run(self) -> None:
+        self.trainer.run(lambda: {"line": self.spec}, once=True)
+
+    def adapter(self, version: int) -> Adapter:
+        return self.registry.get(AdapterRef("line", version))
+
+    def ready(self) -> int:
+        live = self.releases.state("line").live.version
+        return self.store.readiness(self.spec, live_version=live).ready
+
+
+@pytest.fixture
+def world(
+    make_world: Callable[[str], Path],
+    base_folder: Path,
+    controller: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[World]:
+    folder = make_world("world")
+    monkeypatch.setenv("HONE_CONFIG", str(folder / "hone.toml"))
+    world = World(folder, base_folder)
+    with controller([folder]):
+        yield world
+    world.store.close()

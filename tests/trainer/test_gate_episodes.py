@@ -18,6 +18,7 @@ from feedback.spec import GateSpec, LearningSpec
 from feedback.store import Store
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.types import Adapter, AdapterRef
+from trainer.backoff import Budget
 from trainer.batch import Row, Sample, microbatches
 from trainer.gate import Trial
 from trainer.gate_episodes import OnEpisodes, Reading, judged, vetoes
@@ -164,7 +165,7 @@ def test_a_candidate_that_leaves_what_was_rewarded_is_vetoed_by_episodes_it_neve
 ) -> None:
     shift = shifts(base_folder, candidate)
     log_of_base(store, base_folder, lambda token: float((shift[token] > 0) is liked))
-    check = OnEpisodes(store, LoraModel(base_folder), Stop(), token_budget=4096)
+    check = OnEpisodes(store, LoraModel(base_folder), Stop(), budget=Budget(4096))
     spec = GateSpec(margin=0.05, max_kl=10, max_entropy_rise=10)
     finding = check.judge(Trial(candidate, BASE, None, spec, LINE))
     assert finding.passed is liked
@@ -185,7 +186,7 @@ def test_what_was_trained_on_is_read_for_divergence_and_never_for_its_worth(
     claim = store.claim(line, live_version=0, owner="test", lease_seconds=60)
     assert claim is not None
     store.finish(claim, version=1, figures={})
-    check = OnEpisodes(store, LoraModel(base_folder), Stop(), token_budget=4096)
+    check = OnEpisodes(store, LoraModel(base_folder), Stop(), budget=Budget(4096))
     finding = check.judge(Trial(candidate, BASE, None, GateSpec(episodes=20, max_kl=10), line))
     assert finding.figures["episodes_read"] == 20
     assert finding.figures["off_policy_episodes"] == 4

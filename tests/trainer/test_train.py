@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,57 +14,13 @@ import trainer.train
 from feedback.spec import OPTIONS, CanarySpec, TrainingSpec
 from feedback.store import Store
 from feedback.types import FeedbackEvent
-from policy.registry import Registry
-from policy.releases import Canary, Releases
-from policy.types import Adapter, AdapterRef
-from tests.trainer.conftest import record_episodes
-from trainer.__main__ import build
+from policy.releases import Canary
+from policy.types import AdapterRef
+from tests.trainer.conftest import World, record_episodes
 from trainer.checkpoint import Checkpoints
 from trainer.gate import Trial, Verdict
 from trainer.learner import UpdateDiverged
-from trainer.settings import TrainerSettings, load_specs
-from trainer.stop import Stop, Stopped
-from trainer.train import Trainer
-
-
-class World:
-    """A trainer over a record of its own, and eyes on what it did."""
-
-    def __init__(self, folder: Path, base_folder: Path) -> None:
-        self.folder = folder
-        self.base_folder = base_folder
-        self.stop = Stop()
-        settings = TrainerSettings()
-        self.trainer: Trainer = build(settings, self.stop)
-        self.registry: Registry = self.trainer._registry
-        self.store = Store.open(settings.storage.database)
-        self.releases = Releases(self.store.database)
-        self.spec = load_specs(folder / "agents")["line"]
-
-    def run(self) -> None:
-        self.trainer.run(lambda: {"line": self.spec}, once=True)
-
-    def adapter(self, version: int) -> Adapter:
-        return self.registry.get(AdapterRef("line", version))
-
-    def ready(self) -> int:
-        live = self.releases.state("line").live.version
-        return self.store.readiness(self.spec, live_version=live).ready
-
-
-@pytest.fixture
-def world(
-    make_world: Callable[[str], Path],
-    base_folder: Path,
-    controller: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[World]:
-    folder = make_world("world")
-    monkeypatch.setenv("HONE_CONFIG", str(folder / "hone.toml"))
-    world = World(folder, base_folder)
-    with controller([folder]):
-        yield world
-    world.store.close()
+from trainer.stop import Stopped
 
 
 @pytest.mark.parametrize("deleted", [False, True])
