@@ -70,8 +70,15 @@ class TrainerSection(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     enabled: bool = Field(True, description="Whether `hone serve` starts the trainer at all.")
-    threads: int = Field(1, ge=1, description="CPU threads of an update.")
-    device: str = Field("cpu", description="Where the model is trained: cpu, cuda, cuda:1.")
+    threads: int = Field(1, ge=1, description="CPU threads of an update, in each process.")
+    processes: int = Field(
+        1, ge=1, description="Processes that share an update. Under torchrun: those it started."
+    )
+    device: str = Field(
+        "cpu",
+        description="Where the model is trained: cpu, cuda, cuda:1. With several processes cpu or "
+        "cuda: each takes a GPU of its own.",
+    )
     poll_seconds: float = Field(1.0, gt=0, description="How often new work is looked for.")
     lease_seconds: float = Field(120.0, gt=1, description="A claim on episodes lapses after this.")
     gate_seconds: float = Field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -28,14 +29,16 @@ from trainer.gate_heldout import HeldOut
 from trainer.gate_weights import BoundedNorm, FiniteWeights, Moved
 from trainer.job import Encode
 from trainer.model import LoraModel
+from trainer.orders import follow
 from trainer.progress import log_to_stderr, logger
+from trainer.ranks import ALONE, Ranks, joined
 from trainer.settings import TrainerSettings, load_specs
 from trainer.stop import Stop
 from trainer.train import Trainer
 
 
-def build(settings: TrainerSettings, stop: Stop) -> Trainer:
-    """Everything that `settings` name, opened and loaded."""
+def build(settings: TrainerSettings, stop: Stop, ranks: Ranks = ALONE) -> Trainer:
+    """Everything that `settings` name, opened and loaded; `ranks` follow our orders."""
     section = settings.trainer
     torch.set_num_threads(section.threads)
     base = resolve_base_model(settings.model.path)
@@ -71,6 +74,7 @@ def build(settings: TrainerSettings, stop: Stop) -> Trainer:
         stop=stop,
         wakeup=wakeup,
         encode=_encoder(base.path),
+        ranks=ranks,
     )
 
 
@@ -87,17 +91,36 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.config is not None:
         os.environ["HONE_CONFIG"] = arguments.config
-    stop = Stop()
-    stop.listen()
     log_to_stderr()
     settings = TrainerSettings()
+    section = settings.trainer
+    with joined(section.processes, section.device) as (ranks, section.device):
+        if ranks.is_first:
+            _train(settings, ranks, once=arguments.once)
+        else:
+            _follow(settings, ranks)
+
+
+def _train(settings: TrainerSettings, ranks: Ranks, *, once: bool) -> None:
+    stop = Stop()
+    stop.listen()
 
     def specs() -> Mapping[str, LearningSpec]:
         return load_specs(settings.agents)
 
-    trainer = build(settings, stop)
+    trainer = build(settings, stop, ranks)
     logger.info("watching %s", ", ".join(specs()) or f"no agents in {settings.agents}")
-    trainer.run(specs, once=arguments.once)
+    trainer.run(specs, once=once)
+
+
+def _follow(settings: TrainerSettings, ranks: Ranks) -> None:
+    # Whoever stops a group tells all of it: it is the first rank that ends the others.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    section = settings.trainer
+    torch.set_num_threads(section.threads)
+    base = resolve_base_model(settings.model.path)
+    follow(LoraModel(base.path, device=section.device, dtype=settings.model.dtype), ranks)
 
 
 if __name__ == "__main__":

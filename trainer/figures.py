@@ -6,7 +6,8 @@ means; whether one of them ends the update is the learner's decision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -23,6 +24,16 @@ class Gaps:
     total: float = 0.0
     largest: float = 0.0
     k3: float = 0.0
+
+    @classmethod
+    def together(cls, parts: Sequence[Gaps]) -> Gaps:
+        """Over all tokens of several ranks."""
+        return cls(
+            sum(part.tokens for part in parts),
+            sum(part.total for part in parts),
+            max(part.largest for part in parts),
+            sum(part.k3 for part in parts),
+        )
 
     def add(self, log_ratio: Tensor) -> None:
         """`log_ratio` [N]: this model's log-probability minus the engine's.
@@ -75,6 +86,22 @@ class Figures:
     """Of earlier batches. They count in none of the others."""
     critic: dict[str, float] = field(default_factory=dict)
     """Of a value head, where there is one."""
+
+    @classmethod
+    def together(cls, parts: Sequence[Figures]) -> Figures:
+        """Of several ranks, each of which counted its share; of what they did together, as steps,
+        all say the same."""
+        bases = [part.kl_base for part in parts if part.kl_base is not None]
+        return replace(
+            parts[0],
+            tokens=sum(part.tokens for part in parts),
+            gaps=Gaps.together([part.gaps for part in parts]),
+            ratio_max=max(part.ratio_max for part in parts),
+            sums={name: sum(part.sums[name] for part in parts) for name in parts[0].sums},
+            kl_base=sum(bases) if bases else None,
+            masked=sum(part.masked for part in parts),
+            replayed_tokens=sum(part.replayed_tokens for part in parts),
+        )
 
     def add(
         self, loss: Loss, scored: TokenLogprobs, tokens: TokenBatch, *, fresh: Tensor

@@ -1,7 +1,7 @@
 """One update: samples in, a changed adapter and its figures out.
 
-Owns minibatches, optimizer steps and the reasons to end early. Which loss, which model and which
-episodes are given; publishing and judging the result is done elsewhere.
+Owns optimizer steps and the reasons to end early. Which loss, which model, which episodes and which
+processes share the work are given; publishing and judging the result is done elsewhere.
 
 The ratio is taken against the behaviour policy, as LOOP does, whichever version that was: a token
 of a stale episode that earlier updates moved beyond the clip is not moved further. Taking it
@@ -27,8 +27,19 @@ from trainer.algorithms.positive import Positive
 from trainer.batch import Microbatch, Sample, microbatches
 from trainer.critic import Critic, CriticState
 from trainer.figures import Figures, Gaps
+from trainer.minibatches import (
+    Whole,
+    fed,
+    minibatches,
+    own,
+    replayed,
+    shares,
+    token_batch,
+    without,
+)
 from trainer.model import LoraModel, TokenLogprobs
 from trainer.progress import logger
+from trainer.ranks import ALONE, Ranks
 from trainer.surrogates import divergence, strays
 
 REPLAY = Positive()
@@ -104,17 +115,19 @@ def update(
     token_budget: int,
     on_progress: OnProgress,
     critic: Critic | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train the attached adapter on `samples`; returns the figures of `Figures.summary`.
 
-    The same samples, weights, optimizer state and seed give the same result. Raises UpdateDiverged,
-    or whatever `on_progress` raises; the adapter is then half-trained and must be thrown away.
+    The same samples, weights, optimizer state, seed and number of ranks give the same result, at
+    every rank. Raises UpdateDiverged, or whatever `on_progress` raises; the adapter is then
+    half-trained and must be thrown away.
     """
     began = time.perf_counter()
-    work = _Work(model, spec, algorithm, critic, token_budget, on_progress)
-    work.total = _fed(*samples) * spec.epochs
+    work = _Work(model, spec, algorithm, critic, token_budget, on_progress, ranks)
+    work.total = fed(*samples) * spec.epochs
     left = work.prepared(samples)
-    for minibatch in _minibatches(left, spec, random.Random(seed)):  # noqa: S311 - not a secret
+    for minibatch in minibatches(left, spec, random.Random(seed)):  # noqa: S311 - not a secret
         optimizer.zero_grad(set_to_none=True)
         far = work.accumulate(minibatch)
         work.check_the_engine()
@@ -123,14 +136,14 @@ def update(
             break
         if far:
             # Earlier updates moved these, not this one: it learns from the others, in all epochs.
-            left[:] = _without(far, left)
-            near = _without(far, minibatch)
+            left[:] = without(far, left)
+            near = without(far, minibatch)
             optimizer.zero_grad(set_to_none=True)
             work.begin_again(near, far)
             if not near:
                 continue
             work.accumulate(near)
-        _step(optimizer, spec.max_grad_norm, work.figures)
+        work.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     if samples and not left:
         raise UpdateDiverged(
@@ -140,7 +153,7 @@ def update(
         )
     seconds = time.perf_counter() - began
     speed = {"seconds": seconds, "tokens_per_second": work.done / seconds}
-    return work.figures.summary() | speed
+    return Figures.together(ranks.gathered(work.figures)).summary() | speed
 
 
 @dataclass(slots=True)
@@ -153,6 +166,7 @@ class _Work:
     critic: Critic | None
     token_budget: int
     on_progress: OnProgress
+    ranks: Ranks
     figures: Figures = field(default_factory=Figures)
     done: int = 0
     total: int = 0
@@ -163,10 +177,10 @@ class _Work:
     def prepared(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, with what the algorithm needs to know of them before the first step."""
         needs = self.algorithm.needs
-        samples, old = _own(samples), [sample for sample in samples if sample.replayed]
+        samples, old = own(samples), replayed(samples)
         if not samples or not (needs.start or self.critic):
             return [*samples, *old]
-        self.total += _fed(*samples)
+        self.total += fed(*samples)
         stale = {id(row) for sample in samples if sample.stale for row in sample.rows}
 
         def seen(batch: Microbatch, scored: TokenLogprobs) -> None:
@@ -175,7 +189,11 @@ class _Work:
             self.figures.gaps.add(gaps[fresh])
             self._progress(batch)
 
-        found = prepass.look(self.model, samples, token_budget=self.token_budget, on_batch=seen)
+        with self.ranks.in_step():
+            mine = [samples[index] for index in self._mine(samples)]
+            found = prepass.look(self.model, mine, token_budget=self.token_budget, on_batch=seen)
+        found = prepass.exchanged(samples, found, self.ranks, self.model.device)
+        self.done = fed(*samples)
         self.looked = True
         self.check_the_engine()
         if needs.start:
@@ -191,33 +209,80 @@ class _Work:
             critic=self.figures.critic,
             gaps=self.figures.gaps if self.looked else Gaps(),
         )
-        self.total += _fed(*near) - (self.spec.epochs - 1) * _fed(*far)
+        self.total += fed(*near) - (self.spec.epochs - 1) * fed(*far)
 
     def check_the_engine(self) -> None:
         """Before the first step, once. Raises EngineMismatch."""
-        if not self.engine_checked and self.figures.gaps.tokens:
+        if self.engine_checked:
+            return
+        gaps = Gaps.together(self.ranks.gathered(self.figures.gaps))
+        if gaps.tokens:
             self.engine_checked = True
-            check_engine(self.figures.gaps, self.spec.max_engine_gap)
+            check_engine(gaps, self.spec.max_engine_gap)
 
     def accumulate(self, minibatch: Sequence[Sample]) -> list[Sample]:
-        """Add the minibatch's gradient; returns its episodes whose KL is over `kl_stop`."""
-        self._imitate([sample for sample in minibatch if sample.replayed])
-        minibatch = _own(minibatch)
-        if not minibatch:
-            return []
+        """Add the gradient of this rank's share of the minibatch; returns the minibatch's episodes
+        whose KL is over `kl_stop`."""
+        done = self.done + fed(*minibatch)
+        old, minibatch = replayed(minibatch), own(minibatch)
+        with self.ranks.in_step():
+            self._imitate([old[index] for index in self._mine(old)])
+        places = self._mine(minibatch)
+        mine = [minibatch[index] for index in places]
         kl = torch.zeros(len(minibatch))
-        stale = torch.tensor([sample.stale for sample in minibatch])
-        whole = _Whole(
+        if minibatch:
+            whole = self._whole(minibatch, mine)
+            with self.ranks.in_step():
+                kl[places] = self._differentiate(mine, whole)
+            self.ranks.added_up(kl)
+            self.figures.kl_max = max(self.figures.kl_max, float(kl.max()))
+        self.done = done
+        return [minibatch[index] for index in (kl > self.spec.kl_stop).nonzero().flatten().tolist()]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One on the whole minibatch's gradient."""
+        if self.ranks.count > 1:
+            self._add_up_gradients()
+        with self.ranks.in_step():
+            _step(optimizer, self.spec.max_grad_norm, self.figures)
+
+    def _add_up_gradients(self) -> None:
+        """Losses are sums over episodes, over what is the same at every rank: so are gradients."""
+        weights = [weight for _, weight in self.model.parameters]
+        with self.ranks.in_step():
+            # A rank without a share has none.
+            parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            flat = torch.cat([part.flatten() for part in parts])
+        self.ranks.added_up(flat)
+        sizes = [weight.numel() for weight in weights]
+        for weight, part in zip(weights, torch.split(flat, sizes), strict=True):
+            weight.grad = part.view_as(weight)
+
+    def _mine(self, samples: Sequence[Sample]) -> list[int]:
+        return shares(samples, self.ranks.count)[self.ranks.number]
+
+    def _whole(self, minibatch: Sequence[Sample], mine: Sequence[Sample]) -> Whole:
+        drift = 0.0
+        if self.algorithm.needs.drift:
+            with self.ranks.in_step():
+                drift = self._drift(mine)
+            drift = sum(self.ranks.gathered(drift)) / len(minibatch)
+        return Whole(
             episodes=self.spec.minibatch_episodes,
             mean_tokens=sum(sample.n_trained for sample in minibatch) / len(minibatch),
-            drift=self._drift(minibatch) if self.algorithm.needs.drift else 0.0,
+            drift=drift,
         )
-        for batch in self._microbatches(minibatch):
+
+    def _differentiate(self, samples: Sequence[Sample], whole: Whole) -> Tensor:
+        """Add the gradient of these; returns the KL of each from who sampled it, [E]."""
+        kl = torch.zeros(len(samples))
+        stale = torch.tensor([sample.stale for sample in samples])
+        for batch in self._microbatches(samples):
             # Before the pass that is differentiated: switching the adapter touches its weights.
             needed = self.algorithm.needs.reference
             reference = self.model.base_logprobs(batch) if needed else None
             scored = self.model.logprobs(batch)
-            tokens = _token_batch(batch, whole, reference, scored.logprobs.device)
+            tokens = token_batch(batch, whole, reference, scored.logprobs.device)
             if self.spec.mask_off_policy is not None:
                 tokens = self._masked(scored, tokens)
             loss = self.algorithm.loss(scored.logprobs, tokens)
@@ -232,26 +297,25 @@ class _Work:
             strayed = self.figures.add(loss, scored, tokens, fresh=fresh)
             kl.index_add_(0, batch.episode, strayed.cpu())
             self._progress(batch)
-        self.figures.kl_max = max(self.figures.kl_max, float(kl.max()))
-        return [minibatch[index] for index in (kl > self.spec.kl_stop).nonzero().flatten().tolist()]
+        return kl
 
     def _imitate(self, old: Sequence[Sample]) -> None:
         """Add the gradient of what is replayed: no ratio is taken, so that staleness is no harm."""
         if not old:
             return
-        whole = _Whole(episodes=self.spec.minibatch_episodes, mean_tokens=1.0, drift=0.0)
+        whole = Whole(episodes=self.spec.minibatch_episodes, mean_tokens=1.0, drift=0.0)
         shared = self.model.shares_prefixes
         for batch in microbatches(old, token_budget=self.token_budget, shared=shared):
             logprobs = self.model.logprobs(batch).logprobs
-            loss = REPLAY.loss(logprobs, _token_batch(batch, whole, None, logprobs.device))
+            loss = REPLAY.loss(logprobs, token_batch(batch, whole, None, logprobs.device))
             torch.autograd.backward(loss.value)
             self.figures.replayed_tokens += len(logprobs)
             self._progress(batch)
 
-    def _microbatches(self, minibatch: Sequence[Sample]) -> Iterator[Microbatch]:
+    def _microbatches(self, samples: Sequence[Sample]) -> Iterator[Microbatch]:
         whole = self.algorithm.needs.whole_episodes or self.spec.mask_off_policy is not None
         return microbatches(
-            minibatch,
+            samples,
             token_budget=self.token_budget,
             whole_episodes=whole,
             shared=self.model.shares_prefixes,
@@ -266,75 +330,21 @@ class _Work:
         return replace(tokens, advantages=tokens.advantages.masked_fill(away, 0.0))
 
     @torch.no_grad()
-    def _drift(self, minibatch: Sequence[Sample]) -> float:
-        """Mean over the minibatch's episodes of their k3 from the reference policy, nats."""
+    def _drift(self, samples: Sequence[Sample]) -> float:
+        """Sum over these episodes of their k3 from the reference policy, nats."""
         total = 0.0
-        for batch in self._microbatches(minibatch):
+        for batch in self._microbatches(samples):
             now = self.model.logprobs(batch).logprobs
             if self.algorithm.needs.reference:
                 other = self.model.base_logprobs(batch)
             else:
                 other = batch.behaviour.to(now.device)
             total += float(divergence(now, other).sum())
-        return total / len(minibatch)
+        return total
 
     def _progress(self, batch: Microbatch) -> None:
-        self.done += _fed(batch)
+        self.done += fed(batch)
         self.on_progress(self.done, self.total, self.figures.summary())
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """What a microbatch must know of its minibatch."""
-
-    episodes: int
-    """M: of a full one."""
-    mean_tokens: float
-    drift: float
-
-
-def _token_batch(
-    batch: Microbatch, whole: _Whole, reference: Tensor | None, device: torch.device
-) -> TokenBatch:
-    return TokenBatch(
-        behaviour=batch.behaviour.to(device),
-        advantages=batch.advantages.to(device),
-        scale=(batch.scale / whole.episodes).to(device),
-        episode=batch.episode.to(device),
-        turn=batch.turn.to(device),
-        n_tokens=batch.n_tokens.to(device),
-        n_turns=batch.n_turns.to(device),
-        mean_tokens=whole.mean_tokens,
-        reference=reference,
-        drift=whole.drift,
-    )
-
-
-def _fed(*parts: Sample | Microbatch) -> int:
-    """Tokens that go through the model."""
-    return sum(len(row.token_ids) for part in parts for row in part.rows)
-
-
-def _own(samples: Sequence[Sample]) -> list[Sample]:
-    """Those that the algorithm is about."""
-    return [sample for sample in samples if not sample.replayed]
-
-
-def _without(far: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
-    """By identity: two episodes may hold the same."""
-    dropped = set(map(id, far))
-    return [sample for sample in samples if id(sample) not in dropped]
-
-
-def _minibatches(
-    samples: Sequence[Sample], spec: TrainingSpec, rng: random.Random
-) -> Iterator[list[Sample]]:
-    """`samples` is looked at anew in each epoch."""
-    for _ in range(spec.epochs):
-        order = list(samples)
-        rng.shuffle(order)
-        for start in range(0, len(order), spec.minibatch_episodes):
-            yield order[start : start + spec.minibatch_episodes]
 
 
 def _step(optimizer: torch.optim.Optimizer, max_grad_norm: float, figures: Figures) -> None:

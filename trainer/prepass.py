@@ -17,6 +17,7 @@ from trainer.advantages import gae, whitened
 from trainer.batch import Microbatch, Row, Sample, microbatches
 from trainer.critic import Critic
 from trainer.model import LoraModel, TokenLogprobs
+from trainer.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Found:
     """Of its trained tokens."""
     hidden: Tensor
     """What each of its turns begins from, [turns, H]."""
+
+    def to(self, device: str) -> Found:
+        return replace(self, hidden=self.hidden.to(device))
 
 
 def look(
@@ -54,6 +58,21 @@ def look(
             turn += n_turns
         on_batch(batch, scored)
     return found
+
+
+def exchanged(
+    samples: Sequence[Sample], found: dict[int, Found], ranks: Ranks, device: str
+) -> dict[int, Found]:
+    """What all ranks found, each of its share of `samples`, by the id of each row."""
+    if ranks.count == 1:
+        return found
+    rows = [row for sample in samples for row in sample.rows]
+    mine = {place: found[id(row)].to("cpu") for place, row in enumerate(rows) if id(row) in found}
+    return {
+        id(rows[place]): one.to(device)
+        for part in ranks.gathered(mine)
+        for place, one in part.items()
+    }
 
 
 def from_the_start(samples: Sequence[Sample], found: dict[int, Found]) -> list[Sample]:

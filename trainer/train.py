@@ -3,8 +3,8 @@
     judge(candidates that an earlier run left behind)
     claim    = store.claim(spec, live version)             # lease and fence; None: not yet
     job      = prepared(claim, baseline)                   # advantages; token rows or pairs of them
-    adapter  = model.attach(live version's weights)        # never the last candidate's
-    figures  = update(adapter, job.samples)                # its loss; ends early on KL or NaN
+    adapter  = model.attach(live version's weights)        # never the last candidate's; by each
+    figures  = update(adapter, job.samples)                # rank; ends early on KL or NaN
     version  = registry.publish(adapter, probe)            # an immutable folder, no traffic yet
     checkpoints.save(version, optimizer, baseline)
     store.finish(claim, also = "version is a candidate")   # one transaction: consumed + candidate
@@ -45,10 +45,12 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.figures import Gaps
 from trainer.gate import Gate, Trial, Verdict
 from trainer.job import Encode, Job, prepared
-from trainer.learner import UpdateDiverged, check_engine, new_critic, new_optimizer, update
+from trainer.learner import UpdateDiverged, check_engine
 from trainer.model import LoraModel
+from trainer.orders import Order, carry_out
 from trainer.prepass import look
 from trainer.progress import Heartbeat, logger
+from trainer.ranks import ALONE, Ranks
 from trainer.samples import sampled_by
 from trainer.stop import Stop, Stopped
 
@@ -86,6 +88,7 @@ class Trainer:
         stop: Stop,
         wakeup: Wakeup,
         encode: Encode,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._store = store
         self._releases = releases
@@ -99,6 +102,7 @@ class Trainer:
         self._stop = stop
         self._wakeup = wakeup
         self._encode = encode
+        self._ranks = ranks
         self._unusable: set[AdapterRef] = set()
         """Versions whose folders were found damaged."""
         self._told: dict[AdapterRef, str] = {}
@@ -242,27 +246,24 @@ class Trainer:
         seed = _seed(self._settings.seed, live, claim)
         folder = None if live.is_base else self._registry.verify(live).path
         engine = self._engine_gap(job, seed)
-        self._model.attach(rank=training.rank, alpha=training.alpha, seed=seed, start=folder)
         before = self._checkpoints.load(live)
-        optimizer = new_optimizer(
-            self._model, training.learning_rate, before.optimizer if before else None
-        )
-        critic = new_critic(
-            job.algorithm, self._model, seed=seed, state=before.critic if before else None
-        )
+        order = Order(
+            training, job.algorithm, job.samples, folder, seed, self._budget.tokens,
+            before.optimizer if before else None, before.critic if before else None,
+        )  # fmt: skip
+        self._ranks.tell(order)
         with Heartbeat(
             self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
         ) as heartbeat:
-            figures = update(
-                self._model, optimizer, job.samples, training, job.algorithm, critic=critic,
-                seed=seed, token_budget=self._budget.tokens, on_progress=heartbeat,
-            ) | engine  # fmt: skip
+            done = carry_out(order, self._model, self._ranks, on_progress=heartbeat)
+        figures = done.figures | engine
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
         adapter = self._publish_folder(live, _probe(self._model, job.samples), figures)
-        state = optimizer.state_dict()
-        head = critic.state if critic is not None else None
         return Trained(
-            adapter, Checkpoint(adapter.ref, adapter.digest, state, job.baseline, seed, head)
+            adapter,
+            Checkpoint(
+                adapter.ref, adapter.digest, done.optimizer, job.baseline, seed, done.critic
+            ),
         )
 
     def _engine_gap(self, job: Job, seed: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import trainer.backoff
-import trainer.train
+import trainer.orders
 from tests.trainer.conftest import World, record_episodes
 from trainer.backoff import Backoff, Budget, ran_out_of_memory
 from trainer.learner import UpdateDiverged
@@ -167,7 +167,8 @@ def test_a_line_whose_updates_fail_waits(world: World, monkeypatch: pytest.Monke
     def diverged(*_: Any, **__: Any) -> None:
         raise UpdateDiverged("the loss is nan")
 
-    monkeypatch.setattr(trainer.train, "update", diverged)
+    monkeypatch.setattr(trainer.backoff, "FIRST_PAUSE", 100.0)
+    monkeypatch.setattr(trainer.orders, "update", diverged)
     for number in (1, 2, 3):
         world.run()
         record_episodes(world.store, world.base_folder, first=24 * number)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import trainer.train
+import trainer.orders
 from feedback.spec import OPTIONS, CanarySpec, TrainingSpec
 from feedback.store import Store
 from feedback.types import FeedbackEvent
@@ -73,7 +73,7 @@ def test_a_stop_during_an_update_gives_the_batch_back(
         world.stop.set()
         kwargs["on_progress"](1, 2, {"loss": 0.0, "kl": 0.0})
 
-    monkeypatch.setattr(trainer.train, "update", stopped)
+    monkeypatch.setattr(trainer.orders, "update", stopped)
     world.run()
     assert world.ready() == 24
     assert world.store.training_runs("line")[0].state == "abandoned"
@@ -86,7 +86,7 @@ def test_a_diverged_update_is_never_published_and_not_begun_again(
     def diverged(*_: Any, **__: Any) -> None:
         raise UpdateDiverged("the loss is nan")
 
-    monkeypatch.setattr(trainer.train, "update", diverged)
+    monkeypatch.setattr(trainer.orders, "update", diverged)
     world.run()
     run = world.store.training_runs("line")[0]
     assert (run.state, run.version, run.figures["outcome"]) == ("finished", None, "the loss is nan")
