@@ -28,7 +28,7 @@ faults: $(READY) ## Kill, cut power, fail disks, stop servers: thousands of time
 	$(BIN)/python -m tests.faults
 
 compat: $(READY) ## Have other people's clients, suites and MCP servers use it (needs node)
-	$(BIN)/python -m pytest tests/compat/mcp_registry.py tests/compat/clients.py $(ARGS)
+	$(BIN)/python -m pytest tests/compat/mcp_registry.py tests/compat/clients.py tests/compat/sinks.py $(ARGS)
 
 histories: $(READY) ## Tell 2,000 histories of feedback in other orders, and find one answer
 	HONE_HISTORIES=2000 $(BIN)/python -m pytest tests/feedback/test_histories.py $(ARGS)

@@ -6,9 +6,13 @@ alone obeys it.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MetricsSink = Literal["tensorboard", "trackio", "wandb"]
 
 
 class StorageSettings(BaseModel):
@@ -95,3 +99,16 @@ class TrainerSection(BaseModel):
         "trainer", description="Name on claims: a restart under the same name takes them over."
     )
     seed: int = Field(0, description="Of all randomness in training.")
+    metrics: MetricsSink | None = Field(
+        None, description="Where versions' figures are shown besides the record."
+    )
+    metrics_folder: Path = Field(Path("var/metrics"), description="Folder of what is shown there.")
+    metrics_project: str = Field("hone", description="Its project there (trackio, wandb).")
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_installed(cls, value: MetricsSink | None) -> MetricsSink | None:
+        if value is not None and find_spec(value) is None:
+            extra = "'hone[metrics]'" if value == "tensorboard" else value
+            raise ValueError(f"the package {value!r} is not installed: pip install {extra}")
+        return value

@@ -33,11 +33,14 @@ from trainer.orders import follow
 from trainer.progress import log_to_stderr, logger
 from trainer.ranks import ALONE, Ranks, joined
 from trainer.settings import TrainerSettings, load_specs
+from trainer.sinks import Shown, open_sink
 from trainer.stop import Stop
 from trainer.train import Trainer
 
 
-def build(settings: TrainerSettings, stop: Stop, ranks: Ranks = ALONE) -> Trainer:
+def build(
+    settings: TrainerSettings, stop: Stop, ranks: Ranks = ALONE, show: Shown | None = None
+) -> Trainer:
     """Everything that `settings` name, opened and loaded; `ranks` follow our orders."""
     section = settings.trainer
     torch.set_num_threads(section.threads)
@@ -75,6 +78,7 @@ def build(settings: TrainerSettings, stop: Stop, ranks: Ranks = ALONE) -> Traine
         wakeup=wakeup,
         encode=_encoder(base.path),
         ranks=ranks,
+        show=show,
     )
 
 
@@ -108,9 +112,15 @@ def _train(settings: TrainerSettings, ranks: Ranks, *, once: bool) -> None:
     def specs() -> Mapping[str, LearningSpec]:
         return load_specs(settings.agents)
 
-    trainer = build(settings, stop, ranks)
+    section = settings.trainer
+    show = None
+    if section.metrics is not None:
+        show = Shown(open_sink(section.metrics, section.metrics_folder, section.metrics_project))
+    trainer = build(settings, stop, ranks, show)
     logger.info("watching %s", ", ".join(specs()) or f"no agents in {settings.agents}")
     trainer.run(specs, once=once)
+    if show is not None:
+        show.close()
 
 
 def _follow(settings: TrainerSettings, ranks: Ranks) -> None:

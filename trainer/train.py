@@ -52,6 +52,7 @@ from trainer.prepass import look
 from trainer.progress import Heartbeat, logger
 from trainer.ranks import ALONE, Ranks
 from trainer.samples import sampled_by
+from trainer.sinks import Points, Steps
 from trainer.stop import Stop, Stopped
 
 ACTOR = "trainer"
@@ -69,6 +70,7 @@ class Trained:
 
     adapter: Adapter
     checkpoint: Checkpoint
+    points: Points
 
 
 class Trainer:
@@ -89,6 +91,7 @@ class Trainer:
         wakeup: Wakeup,
         encode: Encode,
         ranks: Ranks = ALONE,
+        show: Callable[[str, str, Points], None] | None = None,
     ) -> None:
         self._store = store
         self._releases = releases
@@ -103,6 +106,7 @@ class Trainer:
         self._wakeup = wakeup
         self._encode = encode
         self._ranks = ranks
+        self._show = show
         self._unusable: set[AdapterRef] = set()
         """Versions whose folders were found damaged."""
         self._told: dict[AdapterRef, str] = {}
@@ -255,7 +259,8 @@ class Trainer:
         with Heartbeat(
             self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
         ) as heartbeat:
-            done = carry_out(order, self._model, self._ranks, on_progress=heartbeat)
+            steps = Steps(heartbeat)
+            done = carry_out(order, self._model, self._ranks, on_progress=steps)
         figures = done.figures | engine
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
         adapter = self._publish_folder(live, _probe(self._model, job.samples), figures)
@@ -264,6 +269,7 @@ class Trainer:
             Checkpoint(
                 adapter.ref, adapter.digest, done.optimizer, job.baseline, seed, done.critic
             ),
+            steps.points(figures),
         )
 
     def _engine_gap(self, job: Job, seed: int) -> dict[str, float]:
@@ -317,6 +323,10 @@ class Trainer:
         )  # fmt: skip
         self._wakeup.notify("releases")
         logger.info("%s is a candidate", ref, extra={"figures": all_figures})
+        if self._show is not None:
+            whole = {name: x for name, x in all_figures.items() if isinstance(x, float)}
+            *before, (last, _) = trained.points
+            self._show(ref.policy, str(ref), [*before, (last, whole)])
 
     def _is_there(self, live: AdapterRef) -> bool:
         """Whether training can start from it, as far as its record tells."""

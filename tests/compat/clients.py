@@ -28,6 +28,8 @@ PYTHON_PEERS = {
         *("pytest==9.2.0", "pytest-asyncio==1.5.0"),
     ],
     "schemathesis": ["schemathesis==4.32.5"],
+    "trackio": ["trackio==0.43.0", "pydantic>=2.9"],
+    "wandb": ["wandb==0.31.0", "pydantic>=2.9"],
 }
 NODE_PEER = "openai@7.57.0"
 KEY = "of-the-settings"
