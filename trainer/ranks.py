@@ -132,13 +132,14 @@ def joined(processes: int, device: str) -> Iterator[tuple[Ranks, str]]:
 
 @contextmanager
 def _met(place: str, device: str) -> Iterator[tuple[Ranks, str]]:
+    own = _own_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         backend, init_method=place, rank=rank, world_size=count, timeout=MEETING
     )
     group = Group()
-    yield group, _own_device(device)
+    yield group, own
     # Not in a `finally`: to those who wait, the end of a process that failed says it better.
     if group.is_first:
         group.tell(None)

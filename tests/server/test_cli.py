@@ -61,6 +61,23 @@ def test_an_operators_walk(house: House) -> None:
     assert "retired pinned" not in hone(house, "releases", "desk")
 
 
+def test_an_update_that_failed_says_why(house: House) -> None:
+    body = {"input": "hello", "episode_id": "run-1", "task_key": "greet/1"}
+    assert house.http.post("/v1/agents/desk/runs", json=body).status_code == 200
+    outcome = {"episode_id": "run-1", "metric": "success", "value": 1}
+    assert house.http.post("/v1/feedback", json=outcome).status_code == 200
+    spec = house.services.learning("desk")
+    training = spec.training.model_copy(update={"min_episodes": 1})
+    store = house.services.store
+    claim = store.claim(
+        spec.model_copy(update={"training": training}),
+        live_version=0, owner="trainer", lease_seconds=60,
+    )  # fmt: skip
+    assert claim is not None
+    store.abandon(claim, "out of memory [with] 4096 tokens")
+    assert "out of memory [with] 4096 tokens" in hone(house, "status")
+
+
 def test_a_canary_is_shown_and_promoted(house: House) -> None:
     ref = house.publish().ref
     releases = house.services.releases
