@@ -49,6 +49,15 @@ class Budget:
         self._failed_at_floor = (self._failed_at_floor + 1) % TRIES_AT_FLOOR
         return self._failed_at_floor > 0
 
+    def shrink_after(self, error: BaseException) -> tuple[str, bool]:
+        """What is said of work that did not fit, and whether to try it again."""
+        before, again = self.tokens, self.shrink()
+        told = (
+            f"out of memory with {before} tokens going through the model at once, of "
+            f"microbatch_tokens = {self._set}: {str(error)[:200]}"
+        )
+        return f"{told}; the next try has {self.tokens}" if again else told, again
+
     def resume(self, tries: int) -> None:
         """For a batch whose earlier `tries` - 1 ended with the process, which tells nothing: the
         kernel ends what is too large, too. The first time may have been anybody's doing."""

@@ -31,20 +31,21 @@ from pathlib import Path
 
 from feedback.errors import LeaseLost, RecordUnavailable
 from feedback.settings import TrainerSection
-from feedback.spec import CanarySpec, LearningSpec
+from feedback.spec import LearningSpec
 from feedback.store import Store
 from feedback.training import Claim
 from feedback.wakeup import Wakeup, pause_of
-from policy.registry import AdapterCorrupt, AdapterInvalid, Registry, RegistryError
-from policy.releases import LivePinned, ReleaseConflict, ReleaseError, ReleaseEvent, Releases
+from policy.registry import AdapterInvalid, Registry, RegistryError
+from policy.releases import ReleaseEvent, Releases
 from policy.types import Adapter, AdapterRef, Probe
 from trainer.backoff import Backoff, Budget, ran_out_of_memory
 from trainer.baseline import Baseline
 from trainer.batch import Sample
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.figures import Gaps
-from trainer.gate import Gate, Trial, Verdict
+from trainer.gate import Gate
 from trainer.job import Encode, Job, prepared
+from trainer.judging import ACTOR, Judging
 from trainer.learner import UpdateDiverged, check_engine
 from trainer.model import LoraModel
 from trainer.orders import Order, carry_out
@@ -55,7 +56,6 @@ from trainer.samples import sampled_by
 from trainer.sinks import Points, Steps
 from trainer.stop import Stop, Stopped
 
-ACTOR = "trainer"
 COMPARED = 16
 """Episodes on which the engine is compared with the trainer, where the update does not do it."""
 PROBE_TOKENS = 128
@@ -98,7 +98,6 @@ class Trainer:
         self._registry = registry
         self._checkpoints = checkpoints
         self._model = model
-        self._gate = gate
         self._settings = settings
         self._budget = budget
         self._backoff = Backoff()
@@ -107,10 +106,9 @@ class Trainer:
         self._encode = encode
         self._ranks = ranks
         self._show = show
-        self._unusable: set[AdapterRef] = set()
-        """Versions whose folders were found damaged."""
-        self._told: dict[AdapterRef, str] = {}
-        """Why a version cannot be used for now, as the log has it already."""
+        self._judging = Judging(
+            releases, registry, checkpoints, gate, budget=budget, backoff=self._backoff, stop=stop
+        )
         wakeup.subscribe("outcomes", stop.nudge)
 
     def run(self, specs: Callable[[], Mapping[str, LearningSpec]], *, once: bool = False) -> None:
@@ -137,9 +135,9 @@ class Trainer:
         self._stop.check()
         if not spec.training.enabled:
             return False
-        self.judge_candidates(spec)
+        self._judging.judge_candidates(spec)
         state = self._releases.state(spec.policy)
-        if state.canary is not None or state.is_frozen or not self._is_there(state.live):
+        if state.canary is not None or state.is_frozen or not self._judging.is_there(state.live):
             return False
         if self._backoff.waits(spec.policy):
             return False
@@ -160,17 +158,8 @@ class Trainer:
         except Stopped:
             self._store.abandon(claim, "the trainer was asked to stop")
             raise
-        self.judge_candidates(spec)
+        self._judging.judge_candidates(spec)
         return True
-
-    def judge_candidates(self, spec: LearningSpec) -> None:
-        """Release or reject whatever this policy has that is published and undecided."""
-        state = self._releases.state(spec.policy)
-        for ref in sorted((*state.candidates, *state.loaded)):
-            now = self._releases.state(spec.policy)
-            if now.canary is not None or now.is_frozen:
-                return
-            self._judge(spec, ref)
 
     def _learn(self, spec: LearningSpec, claim: Claim, live: AdapterRef) -> None:
         """One update, if it fits into memory; else the batch is given back, and at last given up.
@@ -189,7 +178,7 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
-            told, again = self._shrink(error)
+            told, again = self._budget.shrink_after(error)
             if again:
                 logger.error("the update of %s is given back: %s", live, told)
                 self._store.abandon(claim, told)
@@ -198,15 +187,6 @@ class Trainer:
         # Out here the error, and all that its frames held, is gone. It is the whole process that
         # is short of memory: no other line is worked on meanwhile.
         self._stop.pause(self._backoff.failed(spec.policy))
-
-    def _shrink(self, error: BaseException) -> tuple[str, bool]:
-        """What is said of work that did not fit, and whether to try it again."""
-        before, again = self._budget.tokens, self._budget.shrink()
-        told = (
-            f"out of memory with {before} tokens going through the model at once, of "
-            f"microbatch_tokens = {self._settings.microbatch_tokens}: {str(error)[:200]}"
-        )
-        return f"{told}; the next try has {self._budget.tokens}" if again else told, again
 
     def _give_up(self, claim: Claim, figures: Mapping[str, float | str], told: str) -> None:
         """The same episodes would fail again: they are consumed, and the run says why."""
@@ -233,9 +213,7 @@ class Trainer:
         except RegistryError as error:
             # The episodes are not to blame. Damage is for good: they wait for another version. What
             # cannot be read now is looked at again in the next round.
-            self._tell(live, f"nothing is trained while {live} is live: {error}")
-            if isinstance(error, AdapterCorrupt):
-                self._unusable.add(live)
+            self._judging.cannot_start_from(live, error)
             self._store.abandon(claim, str(error))
             self._backoff.failed(spec.policy)
             return
@@ -327,107 +305,6 @@ class Trainer:
             whole = {name: x for name, x in all_figures.items() if isinstance(x, float)}
             *before, (last, _) = trained.points
             self._show(ref.policy, str(ref), [*before, (last, whole)])
-
-    def _is_there(self, live: AdapterRef) -> bool:
-        """Whether training can start from it, as far as its record tells."""
-        if live.is_base or live in self._unusable:
-            return live.is_base
-        try:
-            self._registry.get(live)
-        except RegistryError as error:
-            self._tell(live, f"nothing is trained while {live} is live: {error}")
-            return False
-        self._told.pop(live, None)
-        return True
-
-    def _tell(self, ref: AdapterRef, why: str) -> None:
-        """Rounds are as often as polls: say the same once."""
-        if self._told.get(ref) != why:
-            logger.error("%s", why)
-            self._told[ref] = why
-
-    def _judge(self, spec: LearningSpec, ref: AdapterRef) -> None:
-        live, candidate = self._releases.state(spec.policy).live, self._whole(ref)
-        if candidate is None or (candidate.parent == live and not self._is_there(live)):
-            return
-        if candidate.parent != live:
-            self._reject(ref, f"trained from {candidate.parent}, but {live} is live now", {})
-            return
-        folder = None if live.is_base else self._registry.get(live).path
-        verdict = self._verdict(Trial(candidate, live, folder, spec.training.gate, spec))
-        if not verdict.passed:
-            self._reject(ref, verdict.reason, verdict.figures)
-            return
-        try:
-            self._release(spec.training.canary, ref, live, verdict)
-        except LivePinned as error:
-            logger.info("%s waits: %s", ref, error)
-            return
-        except ReleaseError as error:
-            self._reject(ref, str(error), verdict.figures)
-            return
-        self._checkpoints.prune(spec.policy, keep={live.version, ref.version})
-
-    def _verdict(self, trial: Trial) -> Verdict:
-        """The gate's, in pieces as small as it takes."""
-        while True:
-            try:
-                return self._gate.judge(trial)
-            except (MemoryError, RuntimeError) as error:
-                if not ran_out_of_memory(error):
-                    raise
-                told, again = self._shrink(error)
-            if not again:
-                return Verdict(False, told, {})
-            logger.error("%s is judged again: %s", trial.candidate.ref, told)
-            self._stop.pause(self._backoff.failed(trial.candidate.ref.policy))
-
-    def _whole(self, ref: AdapterRef) -> Adapter | None:
-        """A candidate that can be read; one that is damaged is rejected, others wait."""
-        try:
-            return self._registry.verify(ref)
-        except AdapterCorrupt as error:
-            self._reject(ref, str(error), {})
-        except RegistryError as error:
-            # Its folder may come back, as a mount does.
-            self._tell(ref, f"{ref} waits to be judged: {error}")
-        return None
-
-    def _release(
-        self, canary: CanarySpec | None, ref: AdapterRef, live: AdapterRef, verdict: Verdict
-    ) -> None:
-        """Into traffic, as a whole or by a first share. Raises ReleaseError."""
-        first = 1.0 if canary is None else canary.stages[0]
-        if first < 1:
-            self._releases.try_out(
-                ref, first, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
-                expected_live=live.version, automatic=True,
-            )  # fmt: skip
-        else:
-            self._releases.promote(
-                ref, actor=ACTOR, reason=verdict.reason, figures=verdict.figures,
-                expected_live=live.version, automatic=True,
-            )  # fmt: skip
-        logger.info(
-            "%s takes %.3g %% of new episodes: %s", ref, 100 * first, verdict.reason,
-            extra={"figures": verdict.figures},
-        )  # fmt: skip
-
-    def _reject(self, ref: AdapterRef, reason: str, figures: Mapping[str, float]) -> None:
-        """Unless somebody, such as another trainer, decided first: theirs is the last word."""
-        state = self._releases.state(ref.policy)
-        if state.states.get(ref.version) not in ("candidate", "loaded"):
-            logger.info("%s is decided already; ours would have been: %s", ref, reason)
-            return
-        try:
-            self._releases.record(
-                ref.policy, ref.version, "rejected", actor=ACTOR, reason=reason, figures=figures,
-                expected_sequence=state.sequence,
-            )  # fmt: skip
-        except ReleaseConflict as error:
-            logger.warning("%s is judged again if it is undecided: %s", ref, error)
-            return
-        logger.warning("%s is rejected: %s", ref, reason, extra={"figures": dict(figures)})
 
     def _baseline(self, live: AdapterRef) -> Baseline:
         """The tracked baseline after the newest batch that became a version.

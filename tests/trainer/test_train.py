@@ -151,7 +151,7 @@ def test_of_two_trainers_that_judge_one_candidate_the_later_does_not_kill_its_ca
         world.releases.try_out(ref, 0.2, actor="trainer", reason="passed")
         return Verdict(passed, "ours", {})
 
-    monkeypatch.setattr(world.trainer._gate, "judge", tried_out_by_another_meanwhile)
+    monkeypatch.setattr(world.trainer._judging._gate, "judge", tried_out_by_another_meanwhile)
     world.run()
     assert world.releases.state("line").canary == Canary(ref, 0.2)
 
@@ -213,7 +213,7 @@ def test_a_candidate_that_cannot_be_read_waits_and_one_that_is_damaged_is_reject
         raise Stopped
 
     with monkeypatch.context() as before:
-        before.setattr(world.trainer._gate, "judge", stop_here)
+        before.setattr(world.trainer._judging._gate, "judge", stop_here)
         world.run()
     while not world.releases.state("line").loaded:
         time.sleep(0.01)  # or what the server writes would come between
