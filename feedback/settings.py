@@ -83,6 +83,9 @@ class TrainerSection(BaseModel):
         description="Where the model is trained: cpu, cuda, cuda:1. With several processes cpu or "
         "cuda: each takes a GPU of its own.",
     )
+    borrow_base: bool = Field(
+        True, description="Use the base model's weights in their mapped file; false: copy them."
+    )
     poll_seconds: float = Field(1.0, gt=0, description="How often new work is looked for.")
     lease_seconds: float = Field(120.0, gt=1, description="A claim on episodes lapses after this.")
     gate_seconds: float = Field(

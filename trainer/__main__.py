@@ -48,7 +48,12 @@ def build(
     store = Store.open(settings.storage.database)
     wakeup = open_wakeup(settings.storage.redis)
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
-    model = LoraModel(base.path, device=section.device, dtype=settings.model.dtype)
+    model = LoraModel(
+        base.path,
+        device=section.device,
+        dtype=settings.model.dtype,
+        borrow=section.borrow_base,
+    )
     budget = Budget(section.microbatch_tokens)
     gate = Gate(
         [

@@ -20,10 +20,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from policy.types import Probe
+from trainer.base_weights import load_base
 from trainer.batch import Microbatch
+from trainer.frozen import combination
 from trainer.shared_attention import IMPLEMENTATION, can_share
 
 HEAD_ELEMENTS = 2**23
@@ -62,13 +63,10 @@ class Comparison:
 class LoraModel:
     """One base model and, between `attach` and `detach`, one trainable adapter."""
 
-    def __init__(self, path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> None:
-        if dtype == "auto" and device == "cpu":
-            dtype = "float32"
-        self._base: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa"
-        ).to(device)
-        self._base.requires_grad_(False).eval()
+    def __init__(
+        self, path: str | Path, *, device: str = "cpu", dtype: str = "auto", borrow: bool = True
+    ) -> None:
+        self._base: Any = load_base(path, device=device, dtype=dtype, borrow=borrow)
         self.shares_prefixes = can_share(self._base)
         if self.shares_prefixes:
             self._base.set_attn_implementation(IMPLEMENTATION)
@@ -245,7 +243,7 @@ class _Score(torch.autograd.Function):
         chances = (logits - normalizer[:, None]).exp_()
         entropy = normalizer - torch.linalg.vecdot(chances, logits)
         if ctx.needs_input_grad[1]:
-            expected = chances.to(head.weight.dtype) @ head.weight
+            expected = combination(chances.to(hidden.dtype), head.weight)
             ctx.save_for_backward((head.weight[targets] - expected) / temperature[:, None])
             ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropy)
