@@ -31,9 +31,9 @@ def load_base(path: str | Path, *, device: str, dtype: str, borrow: bool) -> Any
     if any(b.is_floating_point() and b.itemsize < target.itemsize for b in model.buffers()):
         # Worked out while loading, in the file's type: in a wider one they come out otherwise.
         model, borrow = _opened(path, target), False
-    narrow = _hold_narrow(model, target) if borrow else set()
+    matrices = _compute_in(model, target)
     for parameter in model.parameters():
-        if parameter not in narrow:
+        if not borrow or parameter not in matrices:
             parameter.data = parameter.data.to(target, copy=not borrow)
     return model
 
@@ -43,15 +43,15 @@ def _opened(path: str | Path, dtype: str | torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _hold_narrow(model: nn.Module, target: torch.dtype) -> set[nn.Parameter]:
-    """Have layers whose matrices `target` holds exactly compute in it; returns those matrices."""
-    narrow: set[nn.Parameter] = set()
+def _compute_in(model: nn.Module, target: torch.dtype) -> set[nn.Parameter]:
+    """Have layers compute in `target` with matrices that it holds exactly, and return those."""
+    matrices: set[nn.Parameter] = set()
     for name, layer in list(model.named_modules()):
         # Of these types only: what a subclass does with its weights is not known.
-        if type(layer) not in {nn.Linear, nn.Embedding} or layer.weight.dtype == target:
+        if type(layer) not in {nn.Linear, nn.Embedding}:
             continue
         if torch.promote_types(layer.weight.dtype, target) == target:
             kind = FrozenLinear if isinstance(layer, nn.Linear) else WidenedEmbedding
             model.set_submodule(name, kind.of(layer, target))
-            narrow.add(layer.weight)
-    return narrow
+            matrices.add(layer.weight)
+    return matrices

@@ -1,7 +1,8 @@
 """Products with matrices that are not trained, and are stored in a type narrower than the result's.
 
 A matrix is widened as it is used, in slices if it is large. The results are those of a wide copy to
-the last bit: that is sliced, too. Where the matrices come from is `base_weights`'.
+the last bit: that is sliced, too. On a CPU oneDNN multiplies what is large and float32: torch's own
+choice takes twice as long on some (docs/LOG.md). Where the matrices are from is `base_weights`'.
 """
 
 from __future__ import annotations
@@ -11,31 +12,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 WIDENED = 2**21
 """Most elements of a matrix that are widened at once."""
+LARGE = 2**26
+"""Multiplications from which it pays to prepare oneDNN for a shape, which takes half a ms."""
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call] # torch has none
 
 
 def product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + b in x's type: [..., K] -> [..., N]."""
     if weight_NK.numel() <= WIDENED:
-        return linear(x, weight_NK.to(x.dtype), bias_N)
+        return _linear(x, weight_NK.to(x.dtype), bias_N)
     out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
     for rows in _slices(weight_NK):
         part = None if bias_N is None else bias_N[rows]
-        out[..., rows] = linear(x, weight_NK[rows].to(x.dtype), part)
+        out[..., rows] = _linear(x, weight_NK[rows].to(x.dtype), part)
     return out
 
 
 def combination(coefficients: Tensor, weight_NK: Tensor) -> Tensor:
     """c W in c's type: [..., N] -> [..., K]."""
     if weight_NK.numel() <= WIDENED:
-        return coefficients @ weight_NK.to(coefficients.dtype)
+        return _linear(coefficients, weight_NK.to(coefficients.dtype).T, None)
     out = coefficients.new_zeros(*coefficients.shape[:-1], weight_NK.shape[1])
     for rows in _slices(weight_NK):
-        out += coefficients[..., rows] @ weight_NK[rows].to(out.dtype)
+        out += _linear(coefficients[..., rows], weight_NK[rows].to(out.dtype).T, None)
     return out
+
+
+def _linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    is_large = x.numel() * weight_NK.shape[0] >= LARGE
+    if _HAS_ONEDNN and is_large and x.dtype == torch.float32 and x.device.type == "cpu":
+        # What torch's own compiler makes of a linear layer; it takes no attributes here.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
+        return out
+    return torch.nn.functional.linear(x, weight_NK, bias_N)
 
 
 def _slices(weight_NK: Tensor) -> Iterator[slice]:
