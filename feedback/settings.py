@@ -78,6 +78,9 @@ class TrainerSection(BaseModel):
     processes: int = Field(
         1, ge=1, description="Processes that share an update. Under torchrun: those it started."
     )
+    nice: int = Field(
+        10, ge=0, le=19, description="How far the trainer's processes stand back for others' CPU."
+    )
     device: str = Field(
         "cpu",
         description="Where the model is trained: cpu, cuda, cuda:1. With several processes cpu or "

@@ -48,12 +48,7 @@ def build(
     store = Store.open(settings.storage.database)
     wakeup = open_wakeup(settings.storage.redis)
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
-    model = LoraModel(
-        base.path,
-        device=section.device,
-        dtype=settings.model.dtype,
-        borrow=section.borrow_base,
-    )
+    model = _model(base.path, settings)
     budget = Budget(section.microbatch_tokens)
     gate = Gate(
         [
@@ -87,6 +82,13 @@ def build(
     )
 
 
+def _model(base: Path, settings: TrainerSettings) -> LoraModel:
+    section = settings.trainer
+    return LoraModel(
+        base, device=section.device, dtype=settings.model.dtype, borrow=section.borrow_base
+    )
+
+
 def _encoder(base: Path) -> Encode:
     """Loads the tokenizer when somebody first corrects an answer."""
     load = cache(load_chat_format)
@@ -102,12 +104,19 @@ def main() -> None:
         os.environ["HONE_CONFIG"] = arguments.config
     log_to_stderr()
     settings = TrainerSettings()
+    _stand_back(settings.trainer.nice)
     section = settings.trainer
     with joined(section.processes, section.device) as (ranks, section.device):
         if ranks.is_first:
             _train(settings, ranks, once=arguments.once)
         else:
             _follow(settings, ranks)
+
+
+def _stand_back(nice: int) -> None:
+    """Before torch has threads: those that exist keep the niceness that they have."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)  # whoever is started by another one has its already
+    os.setpriority(os.PRIO_PROCESS, 0, max(nice, own))
 
 
 def _train(settings: TrainerSettings, ranks: Ranks, *, once: bool) -> None:
@@ -134,8 +143,7 @@ def _follow(settings: TrainerSettings, ranks: Ranks) -> None:
         signal.signal(number, signal.SIG_IGN)
     section = settings.trainer
     torch.set_num_threads(section.threads)
-    base = resolve_base_model(settings.model.path)
-    follow(LoraModel(base.path, device=section.device, dtype=settings.model.dtype), ranks)
+    follow(_model(resolve_base_model(settings.model.path).path, settings), ranks)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,24 @@ def test_faults_name_the_file(tmp_path: Path, text: str, complaint: str) -> None
     with pytest.raises(ValueError, match=complaint) as caught:
         load_specs(tmp_path)
     assert "second.yaml" in str(caught.value)
+
+
+def test_the_process_stands_back_as_far_as_it_is_told(tmp_path: Path, base_folder: Path) -> None:
+    program = (
+        "import os, trainer.__main__ as program; before = os.nice(0); program.main(); "
+        "print(before, os.nice(0))"
+    )
+    settings = {
+        "HONE_TRAINER__NICE": "3",
+        "HONE_AGENTS": str(tmp_path),
+        "HONE_MODEL__PATH": str(base_folder),
+        "HONE_STORAGE__DATABASE": f"sqlite:///{tmp_path}/hone.db",
+        "HONE_TRAINER__CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "HONE_MODEL__ADAPTERS": str(tmp_path / "adapters"),
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", program, "--once"],
+        env=os.environ | settings, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    before, after = map(int, out.stdout.split())
+    assert after == min(19, before + 3)
