@@ -86,6 +86,9 @@ class TrainerSection(BaseModel):
         description="Where the model is trained: cpu, cuda, cuda:1. With several processes cpu or "
         "cuda: each takes a GPU of its own.",
     )
+    gpu_memory_share: float = Field(
+        0.4, gt=0, le=1, description="Share of a GPU's memory that a trainer's process may take."
+    )
     borrow_base: bool = Field(
         True, description="Use the base model's weights in their mapped file; false: copy them."
     )

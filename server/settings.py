@@ -141,6 +141,19 @@ class Settings(BaseSettings):
         file = TomlConfigSettingsSource(settings_cls, toml_file=named or DEFAULT_CONFIG)
         return (init_settings, env_settings, file)
 
+    @model_validator(mode="after")
+    def _a_gpu_is_shared_out_once(self) -> Settings:
+        engine, trainer = self.engine, self.trainer
+        is_shared = trainer.enabled and engine.kind == "vllm" and trainer.processes == 1
+        total = engine.gpu_memory_utilization + trainer.gpu_memory_share
+        if is_shared and trainer.device in ("cuda", "cuda:0") and total > 1:
+            raise ValueError(
+                f"engine.gpu_memory_utilization is {engine.gpu_memory_utilization:g} and "
+                f"trainer.gpu_memory_share {trainer.gpu_memory_share:g} of the same GPU; expected "
+                "at most 1 together: lower one, or put the trainer on another device"
+            )
+        return self
+
     def shared_environment(self) -> dict[str, str]:
         """The effective sections that the trainer reads too, as the variables that say them."""
         shared = self.model_dump(mode="json", include={"model", "storage", "agents", "trainer"})

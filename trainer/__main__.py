@@ -84,6 +84,10 @@ def build(
 
 def _model(base: Path, settings: TrainerSettings) -> LoraModel:
     section = settings.trainer
+    if section.device.startswith("cuda"):
+        # What does not fit then fails here, as an update that is tried again in smaller pieces,
+        # and not in the engine that has the rest of the GPU.
+        torch.cuda.set_per_process_memory_fraction(section.gpu_memory_share, section.device)
     return LoraModel(
         base, device=section.device, dtype=settings.model.dtype, borrow=section.borrow_base
     )

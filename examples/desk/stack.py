@@ -125,6 +125,8 @@ class Stack:
             "HONE_MODEL__ADAPTERS": str(self.folder / "adapters"),
             "HONE_TRAINER__CHECKPOINTS": str(self.folder / "checkpoints"),
             "HONE_TRAINER__BASE_URL": self.hone_url,
+            # Its customers never pause: who stands back for them hardly learns.
+            "HONE_TRAINER__NICE": "0",
             **self._settings,
         }
         port = self.hone_url.rsplit(":", 1)[1]

@@ -118,3 +118,14 @@ def test_a_wrong_url_is_not_repeated_with_its_password() -> None:
         with pytest.raises(ValidationError) as caught:
             load_settings({key: url})
         assert "s3cret" not in caught.value.errors()[0]["msg"]
+
+
+def test_a_gpu_is_not_given_away_twice() -> None:
+    on_gpu = {"trainer.device": "cuda"}
+    with pytest.raises(
+        ValidationError, match=r"0\.9 and trainer\.gpu_memory_share 0\.4 of the same"
+    ):
+        load_settings(on_gpu)
+    load_settings({**on_gpu, "engine.gpu_memory_utilization": 0.6})
+    load_settings({"trainer.device": "cuda:1"})
+    load_settings({**on_gpu, "trainer.enabled": False})
