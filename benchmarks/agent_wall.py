@@ -35,7 +35,8 @@ from policy.chat import load_chat_format
 from policy.engine import Engine
 from policy.generation import OnGeneration
 from policy.types import AdapterRef, Delta, Sampling
-from server.app import Parts, create_app
+from server.app import create_app
+from server.parts import Parts
 from server.settings import load_settings
 
 MODEL_SECONDS, TOOL_SECONDS, CALLS = 0.02, 0.005, 3

@@ -1,4 +1,4 @@
-"""What a running server consists of, as its routes see it. Built by `server.app` alone."""
+"""What a running server consists of, as its routes see it. Built by `server.start` alone."""
 
 from __future__ import annotations
 

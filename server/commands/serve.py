@@ -1,6 +1,6 @@
 """`hone serve`: binds the address, starts every part, serves until told to stop, stops every part.
 
-The order of stopping is ours: uvicorn only serves. What the parts are is `server.app`'s.
+The order of stopping is ours: uvicorn only serves. What the parts are is `server.start`'s.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from policy.base_model import resolve_base_model
 from policy.engine import Engine
 from policy.remote_engine import open_remote_engine
 from policy.settings import EngineSettings, ModelSettings
-from server.app import Parts, create_app, remote_parts, vllm_parts
+from server.app import create_app
+from server.parts import Parts, remote_parts, vllm_parts
 from server.services import Services
 from tests.policy.remote_vllm import remote_app, served
 from tests.server.house import settings_in, write_agent

@@ -31,7 +31,8 @@ from policy.generation import Generation, OnGeneration, generation_owner
 from policy.registry import Registry
 from policy.scripted import ScriptedEngine, scripted_logprobs
 from policy.types import Adapter, AdapterRef, Probe, Sampling
-from server.app import Parts, create_app
+from server.app import create_app
+from server.parts import Parts
 from server.services import Services
 from server.settings import Settings, load_settings
 
