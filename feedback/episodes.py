@@ -56,6 +56,55 @@ class EpisodeSummary:
     """The value in force of each metric that has been reported."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What an episode's row says of its turns."""
+
+    n_turns: int = 0
+    n_tokens: int = 0
+    has_logprobs: bool = True
+    context_length: int = 0
+    """Tokens of the last prompt and of what was sampled after it."""
+    context_digest: bytes = b""
+
+    def with_turn(self, episode_id: str, turn: Turn) -> tuple[dict[str, Any], _Standing]:
+        """The next turn's row, and how the episode stands then. Raises TurnOutOfOrder or
+        ValueError."""
+        if turn.index != self.n_turns:
+            raise TurnOutOfOrder(
+                f"turn index is {turn.index}; expected {self.n_turns}, the next of {episode_id!r}"
+            )
+        if turn.logprobs is not None and len(turn.logprobs) != len(turn.token_ids):
+            raise ValueError(
+                f"turn {turn.index} of {episode_id!r} has {len(turn.token_ids)} token ids and "
+                f"{len(turn.logprobs)} logprobs; expected one each, or logprobs=None"
+            )
+        prompt, sampled = pack_ids(turn.prompt_ids), pack_ids(turn.token_ids)
+        known = 4 * self.context_length
+        extends = turn.index > 0 and _digest(prompt[:known]) == self.context_digest
+        row = {
+            "episode_id": episode_id,
+            "index": turn.index,
+            "extends": extends,
+            "prompt_ids": prompt[known:] if extends else prompt,
+            "token_ids": sampled,
+            "logprobs": None if turn.logprobs is None else pack_logprobs(turn.logprobs),
+            "text": storable(turn.text),
+            "stop_reason": turn.stop_reason,
+            "tool_calls": [dataclasses.asdict(call) for call in turn.tool_calls],
+            "fault": None if turn.fault is None else storable(turn.fault),
+            "started_at": turn.started_at,
+            "seconds": turn.seconds,
+        }
+        return row, _Standing(
+            n_turns=self.n_turns + 1,
+            n_tokens=self.n_tokens + len(turn.token_ids),
+            has_logprobs=self.has_logprobs and turn.logprobs is not None,
+            context_length=(len(prompt) + len(sampled)) // 4,
+            context_digest=_digest(prompt + sampled),
+        )
+
+
 def begin(connection: Connection, episode: Episode, owner: str | None = None) -> None:
     """Record that an episode began, with whatever turns it already has.
 
@@ -66,8 +115,12 @@ def begin(connection: Connection, episode: Episode, owner: str | None = None) ->
     _check_names(episode)
     if claimed_by(connection, episode.policy) not in (None, episode.tenant):
         raise EpisodeForeign(f"policy {episode.policy!r} is another tenant's")
+    standing, turns = _Standing(), []
+    for turn in episode.turns:
+        row, standing = standing.with_turn(episode.id, turn)
+        turns.append(row)
     statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
-    values = _episode_values(episode) | {"owner": owner}
+    values = _episode_values(episode) | dataclasses.asdict(standing) | {"owner": owner}
     if connection.execute(statement, values).first() is None:
         if tenant_of(connection, episode.id) != episode.tenant:
             raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
@@ -85,8 +138,8 @@ def begin(connection: Connection, episode: Episode, owner: str | None = None) ->
         events.begun(
             connection, episode.tenant, episode.id, storable(episode.task_key), episode.started_at
         )
-    for turn in episode.turns:
-        append_turn(connection, episode.id, turn)
+    if turns:
+        connection.execute(insert(TURN), turns)
     if episode.stop_reason is not None:
         end(connection, episode.id, episode.stop_reason, episode.ended_at or episode.started_at)
 
@@ -102,43 +155,13 @@ def append_turn(
     row = running(connection, episode_id, owner)
     if turn.index == row.n_turns - 1 and _is_last(connection, row, turn):
         return
-    if turn.index != row.n_turns:
-        raise TurnOutOfOrder(
-            f"turn index is {turn.index}; expected {row.n_turns}, the next of {episode_id!r}"
-        )
-    if turn.logprobs is not None and len(turn.logprobs) != len(turn.token_ids):
-        raise ValueError(
-            f"turn {turn.index} of {episode_id!r} has {len(turn.token_ids)} token ids and "
-            f"{len(turn.logprobs)} logprobs; expected one each, or logprobs=None"
-        )
-    prompt, sampled = pack_ids(turn.prompt_ids), pack_ids(turn.token_ids)
-    extends = turn.index > 0 and _digest(prompt[: 4 * row.context_length]) == row.context_digest
-    connection.execute(
-        insert(TURN),
-        {
-            "episode_id": episode_id,
-            "index": turn.index,
-            "extends": extends,
-            "prompt_ids": prompt[4 * row.context_length :] if extends else prompt,
-            "token_ids": sampled,
-            "logprobs": None if turn.logprobs is None else pack_logprobs(turn.logprobs),
-            "text": storable(turn.text),
-            "stop_reason": turn.stop_reason,
-            "tool_calls": [dataclasses.asdict(call) for call in turn.tool_calls],
-            "fault": None if turn.fault is None else storable(turn.fault),
-            "started_at": turn.started_at,
-            "seconds": turn.seconds,
-        },
+    standing = _Standing(
+        row.n_turns, row.n_tokens, row.has_logprobs, row.context_length, row.context_digest
     )
+    values, standing = standing.with_turn(episode_id, turn)
+    connection.execute(insert(TURN), values)
     connection.execute(
-        update(EPISODE).where(EPISODE.c.id == episode_id),
-        {
-            "n_turns": row.n_turns + 1,
-            "n_tokens": row.n_tokens + len(turn.token_ids),
-            "has_logprobs": row.has_logprobs and turn.logprobs is not None,
-            "context_length": (len(prompt) + len(sampled)) // 4,
-            "context_digest": _digest(prompt + sampled),
-        },
+        update(EPISODE).where(EPISODE.c.id == episode_id), dataclasses.asdict(standing)
     )
 
 
@@ -294,11 +317,6 @@ def _episode_values(episode: Episode) -> dict[str, Any]:
         "purpose": episode.purpose,
         "temperature": episode.temperature,
         "started_at": episode.started_at,
-        "n_turns": 0,
-        "n_tokens": 0,
-        "has_logprobs": True,
-        "context_length": 0,
-        "context_digest": b"",
         "labels": dict(episode.metadata),
     }
 

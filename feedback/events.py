@@ -18,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    bindparam,
     exists,
     or_,
     select,
@@ -44,6 +45,12 @@ NEVER_JUDGED = "no_outcome"
 _COLUMNS = tuple(field.name for field in fields(FeedbackEvent))
 _CONTENT = tuple(name for name in _COLUMNS if name not in ("event_time", "received_at", "key_id"))
 """What a repeat must have in common with the event: it may come with another key, later."""
+# Made once: every episode's begin asks, and making a statement takes as long as running it.
+_SAID_OF = (
+    select(FEEDBACK.c.id)
+    .where(FEEDBACK.c.tenant == bindparam("tenant"), FEEDBACK.c.task_key == bindparam("task_key"))
+    .limit(1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +202,9 @@ def is_open() -> ColumnElement[bool]:
 def begun(connection: Connection, tenant: str, id: str, task_key: str, started_at: float) -> None:
     """A task's episode is new: what was said of the task may be about it, and about others no
     longer."""
-    said = select(FEEDBACK.c.id).where(FEEDBACK.c.tenant == tenant, FEEDBACK.c.task_key == task_key)
-    if len(task_key) > ID_LENGTH or connection.execute(said.limit(1)).first() is None:
+    if len(task_key) > ID_LENGTH:
+        return
+    if connection.execute(_SAID_OF, {"tenant": tenant, "task_key": task_key}).first() is None:
         return
     place, own = tuple_(EPISODE.c.started_at, EPISODE.c.id), tuple_(started_at, id)
     others = _attempts(tenant, task_key).limit(1)

@@ -10,7 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, func, insert, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Table,
+    bindparam,
+    func,
+    insert,
+    literal,
+    select,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel
 
@@ -55,7 +65,7 @@ def owners(database: Engine) -> dict[str, str]:
 
 def claimed_by(connection: Connection, policy: str) -> str | None:
     """The tenant that claimed a policy; None for one that nobody has, such as the base model's."""
-    tenant: str | None = connection.scalar(select(_OWNER.c.tenant).where(_OWNER.c.policy == policy))
+    tenant: str | None = connection.scalar(_CLAIMED_BY, {"policy": policy})
     return tenant
 
 
@@ -71,3 +81,5 @@ def owner_column(policy: str) -> ColumnElement[str]:
 
 
 _OWNER: Table = SQLModel.metadata.tables["policy_owner"]
+# Made once: every episode's begin asks, and making a statement takes as long as running it.
+_CLAIMED_BY = select(_OWNER.c.tenant).where(_OWNER.c.policy == bindparam("policy"))
