@@ -102,12 +102,15 @@ def test_products_with_narrow_matrices_are_those_with_wide_ones(rows: int) -> No
 
 
 MEASURE = """
-import json, sys, torch
+import ctypes, gc, json, sys, torch
 from pathlib import Path
 from trainer.batch import Row, Sample, microbatches
 from trainer.model import LoraModel
 
 def private():
+    # What is free already, and glibc keeps for the next one, is nobody's.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
@@ -147,4 +150,4 @@ def test_a_base_in_bfloat16_takes_no_private_memory_and_none_of_it_is_written(
     )
     (borrowed, written), (copied, _) = json.loads(out.stdout.splitlines()[-1])
     assert written == 0
-    assert copied - borrowed > 0.8 * 4 * weights
+    assert copied - borrowed > 0.8 * 4 * weights, f"{borrowed} borrowed, {copied} copied"
