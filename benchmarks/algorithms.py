@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import Learner, build_actor, spec_with
+from benchmarks.miniature import Arrive, Learner, build_actor, spec_with
 from feedback.spec import OPTIONS, TrainingSpec
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -30,10 +30,16 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def curve(
-    actor: Path, spec: TrainingSpec, *, group_size: int, seed: int, at: Sequence[int]
+    actor: Path,
+    spec: TrainingSpec,
+    *,
+    group_size: int,
+    seed: int,
+    at: Sequence[int],
+    arrive: Arrive = list,
 ) -> list[float]:
     """Success after each number of versions in `at`."""
-    learner = Learner(actor, spec, group_size=group_size, seed=seed)
+    learner = Learner(actor, spec, group_size=group_size, seed=seed, arrive=arrive)
     found = []
     for number, _ in enumerate(learner.versions(max(at)), start=1):
         if number in at:

@@ -117,6 +117,10 @@ def rollout(
     return items
 
 
+Arrive = Callable[[list[Item]], list[Item]]
+"""From each version's episodes to those whose outcomes are told by then."""
+
+
 class Learner:
     """A fresh adapter on the actor, and its way through versions."""
 
@@ -127,9 +131,8 @@ class Learner:
         *,
         group_size: int,
         seed: int,
-        arrive: Callable[[list[Item]], list[Item]] = list,
+        arrive: Arrive = list,
     ) -> None:
-        """`arrive`: from each version's episodes to those whose outcomes are told by then."""
         self._spec = spec
         self._arrive = arrive
         self._group_size = group_size

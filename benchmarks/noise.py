@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import Item, Learner, build_actor, spec_with
-from feedback.spec import TrainingSpec
+from benchmarks.algorithms import curve
+from benchmarks.miniature import Item, build_actor, spec_with
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,6 @@ class Arrivals:
         return arrived
 
 
-def curve(
-    actor: Path,
-    spec: TrainingSpec,
-    channel: Channel,
-    *,
-    group_size: int,
-    seed: int,
-    at: Sequence[int],
-) -> list[float]:
-    """Success after each number of versions in `at`."""
-    arrivals = Arrivals(channel, random.Random(seed))
-    learner = Learner(actor, spec, group_size=group_size, seed=seed, arrive=arrivals)
-    found = []
-    for number, _ in enumerate(learner.versions(max(at)), start=1):
-        if number in at:
-            found.append(learner.success())
-    return found
-
-
 def interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
     """Of the mean, 95%, by bootstrap."""
     rng = random.Random(0)
@@ -122,9 +103,12 @@ def main() -> None:
         for label, channel in CHANNELS.items():
             for group_size in options.groups:
                 curves = [
-                    curve(actor, spec, channel, group_size=group_size, seed=seed, at=at)
+                    curve(
+                        actor, spec, group_size=group_size, seed=seed, at=at,
+                        arrive=Arrivals(channel, random.Random(seed)),
+                    )
                     for seed in range(options.seeds)
-                ]
+                ]  # fmt: skip
                 print(line(label, group_size, curves), flush=True)
 
 

@@ -76,6 +76,14 @@ def clipped(
     return Loss(-(share * objective).sum(), (edge < plain).detach())
 
 
+def clipped_by_token(
+    logprobs: Tensor, tokens: TokenBatch, share: Tensor, *, low: float, high: float, cap: float
+) -> Loss:
+    """`clipped` at each token's own ratio to the behaviour policy, to [1 - low, 1 + high]."""
+    ratios = log_ratios(logprobs, tokens)
+    return clipped(ratios, tokens.advantages, share, low=1 - low, high=1 + high, cap=cap)
+
+
 def policy_gradient(
     logprobs: Tensor, advantages: Tensor, share: Tensor, *, weights: Tensor | None = None
 ) -> Loss:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import trainer.model
+from tests.trainer.naive import naive, spread_out
 from trainer.batch import Row, Sample, microbatches
 from trainer.model import LoraModel
 
@@ -23,30 +24,12 @@ def samples() -> list[Sample]:
     return [Sample((row,), 1.0, temperature, stale=False) for row, temperature in rows]
 
 
-def trained_model(folder: Path) -> LoraModel:
-    model = LoraModel(folder)
-    model.attach(rank=4, alpha=8, seed=1, start=None)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, weight in model.parameters:
-            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
-    return model
-
-
-def naive(model: LoraModel, sample: Sample) -> torch.Tensor:
-    """One row by itself, logits of all positions, no padding, no gathering."""
-    (row,) = sample.rows
-    logits = model._attached(input_ids=torch.tensor([row.token_ids])).logits[0]
-    logprobs = (logits / sample.temperature).log_softmax(-1)
-    return torch.stack([logprobs[p - 1, row.token_ids[p]] for p in row.trained])
-
-
 @pytest.mark.parametrize("head_elements", [2**23, 2 * 32])  # in one piece, and two tokens a piece
 def test_gradient_equals_the_naive_one(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, head_elements: int
 ) -> None:
     monkeypatch.setattr(trainer.model, "HEAD_ELEMENTS", head_elements)
-    model = trained_model(base_folder)
+    model = spread_out(LoraModel(base_folder))
     weights = [weight for _, weight in model.parameters]
     coefficients = torch.tensor([0.5, -1.0, 2.0, 0.3, -0.7])
 
@@ -66,7 +49,7 @@ def test_gradient_equals_the_naive_one(
 def test_adapter_survives_the_disk_and_detaching_restores_the_base(
     base_folder: Path, tmp_path: Path
 ) -> None:
-    model = trained_model(base_folder)
+    model = spread_out(LoraModel(base_folder))
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
     probe = model.probe(ids)
     model.save(tmp_path)
@@ -87,7 +70,7 @@ def test_adapter_survives_the_disk_and_detaching_restores_the_base(
 
 
 def test_entropy_is_of_the_tempered_distribution(base_folder: Path) -> None:
-    model = trained_model(base_folder)
+    model = spread_out(LoraModel(base_folder))
     (batch,) = microbatches([samples()[0]], token_budget=100)
     (row,) = samples()[0].rows
     logits = model._attached(input_ids=torch.tensor([row.token_ids])).logits[0]
@@ -97,7 +80,7 @@ def test_entropy_is_of_the_tempered_distribution(base_folder: Path) -> None:
 
 
 def test_the_base_model_is_the_adapter_switched_off(base_folder: Path) -> None:
-    model = trained_model(base_folder)
+    model = spread_out(LoraModel(base_folder))
     (sample, *_) = samples()
     (row,) = sample.rows
     (batch,) = microbatches([replace(sample, temperature=1.0)], token_budget=100)

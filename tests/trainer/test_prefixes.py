@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import trainer.shared_attention
+from tests.trainer.naive import naive, spread_out
 from trainer.batch import MOST_SPREAD, Microbatch, Row, Sample, microbatches
 from trainer.model import LoraModel
 from trainer.prefixes import PrefixTree
@@ -40,23 +41,6 @@ def siblings() -> list[Sample]:
         sample([3, 4, 9], [2]),
         sample([8, 7, 6, 5], [1, 3]),
     ]
-
-
-def spread_out(model: LoraModel) -> LoraModel:
-    """With an adapter that does something."""
-    model.attach(rank=4, alpha=8, seed=1, start=None)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, weight in model.parameters:
-            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
-    return model
-
-
-def naive(model: LoraModel, of: Sample) -> torch.Tensor:
-    (row,) = of.rows
-    logits = model._attached(input_ids=torch.tensor([row.token_ids])).logits[0]
-    logprobs = (logits / of.temperature).log_softmax(-1)
-    return torch.stack([logprobs[p - 1, row.token_ids[p]] for p in row.trained])
 
 
 def assert_equal_to_naive(model: LoraModel, batch: Microbatch, samples: list[Sample]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.advantages import centred, within_groups
 from trainer.algorithms import Loss, Needs, Outcomes, TokenBatch
-from trainer.surrogates import clipped, log_ratios, sum_over
+from trainer.surrogates import clipped_by_token, sum_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,7 @@ class DrGrpo:
         return within_groups(outcomes, centred)
 
     def loss(self, logprobs: Tensor, tokens: TokenBatch) -> Loss:
-        return clipped(
-            log_ratios(logprobs, tokens),
-            tokens.advantages,
-            sum_over(tokens, self.episode_tokens),
-            low=1 - self.clip_low,
-            high=1 + self.clip_high,
-            cap=self.ratio_cap,
-        )
+        return clipped_by_token(
+            logprobs, tokens, sum_over(tokens, self.episode_tokens),
+            low=self.clip_low, high=self.clip_high, cap=self.ratio_cap,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.advantages import standardised, within_groups
 from trainer.algorithms import Loss, Needs, Outcomes, TokenBatch
-from trainer.surrogates import clipped, divergence, log_ratios, mean_over
+from trainer.surrogates import clipped_by_token, divergence, mean_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,10 @@ class Grpo:
 
     def loss(self, logprobs: Tensor, tokens: TokenBatch) -> Loss:
         share = mean_over(tokens, "token")
-        loss = clipped(
-            log_ratios(logprobs, tokens),
-            tokens.advantages,
-            share,
-            low=1 - self.clip_low,
-            high=1 + self.clip_high,
-            cap=self.ratio_cap,
-        )
+        loss = clipped_by_token(
+            logprobs, tokens, share,
+            low=self.clip_low, high=self.clip_high, cap=self.ratio_cap,
+        )  # fmt: skip
         if tokens.reference is None:
             return loss
         penalty = (share * divergence(logprobs, tokens.reference)).sum()

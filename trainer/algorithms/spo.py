@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.advantages import standardised, tracked
 from trainer.algorithms import Loss, Needs, Outcomes, TokenBatch
-from trainer.surrogates import clipped, log_ratios, mean_over
+from trainer.surrogates import clipped_by_token, mean_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,7 @@ class Spo:
         return standardised(tracked(outcomes))
 
     def loss(self, logprobs: Tensor, tokens: TokenBatch) -> Loss:
-        return clipped(
-            log_ratios(logprobs, tokens),
-            tokens.advantages,
-            mean_over(tokens, "token"),
-            low=1 - self.clip_low,
-            high=1 + self.clip_high,
-            cap=self.ratio_cap,
-        )
+        return clipped_by_token(
+            logprobs, tokens, mean_over(tokens, "token"),
+            low=self.clip_low, high=self.clip_high, cap=self.ratio_cap,
+        )  # fmt: skip
