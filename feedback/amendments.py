@@ -12,14 +12,12 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, select, update
 
-from feedback.database import insert_absent
+from feedback.database import in_pieces, insert_absent
 from feedback.locks import lock_items
 from feedback.rows import AMENDMENT, EPISODE, ITEM
 from feedback.training import Amendment
 
 _USED = ("claimed", "trained")
-_IDS = 500
-"""Most values in one IN list: databases bound the number of parameters of a statement."""
 
 
 def note(connection: Connection, ids: Sequence[str]) -> None:
@@ -73,8 +71,8 @@ def take(
         )
         .order_by(AMENDMENT.c.episode_id)
     ).all()
-    for start in range(0, len(rows), _IDS):
-        before = {row.episode_id: row.reward for row in rows[start : start + _IDS]}
+    for some in in_pieces(rows):
+        before = {row.episode_id: row.reward for row in some}
         # Whoever says more at this moment comes wholly before, or finds the row taken.
         lock_items(connection, ITEM.c.episode_id.in_(list(before)))
         _take(connection, run_id, before, worth(list(before)))

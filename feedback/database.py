@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -21,8 +21,12 @@ from feedback.errors import DiskFailed, OutcomeUnknown, RecordUnavailable
 from feedback.finite import finite_json
 from policy.durable import make_folder
 
+T = TypeVar("T")
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_SECONDS = 30
+_IN_LIST = 500
+"""Most values in one IN list: databases bound the number of parameters of a statement."""
 _WRITES = "hone_writes"
 _DISK_FAILED = (
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY,
@@ -72,6 +76,11 @@ def snapshots(engine: Engine) -> Engine:
     if engine.dialect.name != "postgresql":
         return engine
     return engine.execution_options(isolation_level="REPEATABLE READ")
+
+
+def in_pieces(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Values in their order, as many at once as fit into an IN list."""
+    return (items[start : start + _IN_LIST] for start in range(0, len(items), _IN_LIST))
 
 
 def insert_absent(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, insert, or_, select, update
 
 from feedback import events
-from feedback.database import insert_absent
+from feedback.database import in_pieces, insert_absent
 from feedback.errors import (
     EpisodeEnded,
     EpisodeExists,
@@ -30,9 +30,6 @@ from feedback.rows import EPISODE, ID_LENGTH, ITEM, TURN
 from feedback.texts import is_storable, storable
 from feedback.types import Episode, Purpose, ToolCall, Turn
 from policy.ownership import claimed_by
-
-_PARAMETERS = 500
-"""Most values in one IN list: databases bound the number of parameters of a statement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +228,7 @@ def load(connection: Connection, ids: Sequence[str], tenant: str | None = None) 
     """The episodes of `ids` that exist (under `tenant`, if given), in that order, with turns."""
     rows: dict[str, Row[Any]] = {}
     turns: dict[str, list[Turn]] = {}
-    for some in _chunks(ids):
+    for some in in_pieces(ids):
         query = select(EPISODE).where(EPISODE.c.id.in_(some))
         if tenant is not None:
             query = query.where(EPISODE.c.tenant == tenant)
@@ -300,10 +297,6 @@ def _check_names(episode: Episode) -> None:
 
 def _digest(packed: bytes) -> bytes:
     return hashlib.blake2b(packed, digest_size=16).digest()
-
-
-def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (ids[start : start + _PARAMETERS] for start in range(0, len(ids), _PARAMETERS))
 
 
 def _episode_values(episode: Episode) -> dict[str, Any]:

@@ -9,7 +9,7 @@ worth is `feedback.reward`'s to say, and which episode of a task is meant `feedb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -29,15 +29,13 @@ from sqlalchemy import (
 
 from feedback import amendments
 from feedback.addressing import Begun, addressed
-from feedback.database import insert_absent
+from feedback.database import in_pieces, insert_absent
 from feedback.locks import lock_items
 from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM, SHORT_TASK
 from feedback.texts import is_storable
 from feedback.types import FeedbackEvent
 
 _Key = tuple[str, str, str]
-_PARAMETERS = 500
-"""Most values in one IN list: databases bound the number of parameters of a statement."""
 _ENDED = ("pending", "ready")
 """States of a training item whose reward an event may still change."""
 NEVER_JUDGED = "no_outcome"
@@ -142,7 +140,7 @@ def touch(connection: Connection, ids: Sequence[str]) -> None:
     All of them are locked, whatever their state: whoever is settling, ending or claiming one at
     this moment comes wholly before this event or sees it.
     """
-    for some in _chunks(list(ids)):
+    for some in in_pieces(list(ids)):
         lock_items(connection, ITEM.c.episode_id.in_(some))
         connection.execute(
             update(ITEM).where(ITEM.c.episode_id.in_(some), is_open()), {"state": "touched"}
@@ -308,7 +306,7 @@ def _insert(connection: Connection, events: Sequence[FeedbackEvent]) -> set[_Key
 def _existing(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
     """Tenant of each episode that exists."""
     found: dict[str, str] = {}
-    for some in _chunks(sorted(set(ids))):
+    for some in in_pieces(sorted(set(ids))):
         query = select(EPISODE.c.id, EPISODE.c.tenant).where(EPISODE.c.id.in_(some))
         found |= {row.id: row.tenant for row in connection.execute(query)}
     return found
@@ -341,19 +339,15 @@ def _key(event: FeedbackEvent) -> _Key:
     return event.tenant, event.source, event.event_id
 
 
-def _batches(keys: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+def _batches(keys: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], Sequence[str]]]:
     """Keys by all but their last part, then in pieces: an IN list over one column uses the index,
     one over several makes SQLite read the whole table."""
     grouped: dict[tuple[str, ...], dict[str, None]] = {}
     for *first, last in keys:
         grouped.setdefault(tuple(first), {})[last] = None
     for group, lasts in grouped.items():
-        for some in _chunks(list(lasts)):
+        for some in in_pieces(list(lasts)):
             yield group, some
-
-
-def _chunks(items: list[str]) -> Iterable[list[str]]:
-    return (items[start : start + _PARAMETERS] for start in range(0, len(items), _PARAMETERS))
 
 
 def _values(event: FeedbackEvent) -> dict[str, Any]:

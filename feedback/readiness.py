@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from feedback import amendments, events, rulings
-from feedback.database import insert_absent
+from feedback.database import in_pieces, insert_absent
 from feedback.locks import lock_items
 from feedback.reward import Figures, outcome_of
 from feedback.rows import EPISODE, ITEM, LINE, RUN
@@ -39,8 +39,6 @@ from feedback.types import FeedbackEvent
 
 _CHUNK = 1000
 """Episodes settled in one transaction, so that writers in between wait for milliseconds."""
-_IDS = 500
-"""Most values in one IN list: databases bound the number of parameters of a statement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +280,7 @@ def _standing(
     connection: Connection, ids: Sequence[str]
 ) -> Iterator[tuple[Any, list[FeedbackEvent]]]:
     """What an episode's reward comes of: its figures, and what was said."""
-    for start in range(0, len(ids), _IDS):
+    for some in in_pieces(ids):
         rows = connection.execute(
             select(
                 EPISODE.c.id.label("episode_id"),
@@ -292,7 +290,7 @@ def _standing(
                 EPISODE.c.has_logprobs,
                 EPISODE.c.started_at,
                 EPISODE.c.ended_at,
-            ).where(EPISODE.c.id.in_(ids[start : start + _IDS]))
+            ).where(EPISODE.c.id.in_(some))
         ).all()
         said = events.of_episodes(connection, [(row.tenant, row.episode_id) for row in rows])
         for row in rows:

@@ -7,7 +7,7 @@ settles or tells more at the same moment comes wholly before or after.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from feedback import events
 from feedback.addressing import addressed
+from feedback.database import in_pieces
 from feedback.locks import lock_items
 from feedback.prunable import Rules, may_go
 from feedback.readiness import count_drops, line_of
@@ -33,8 +34,6 @@ from feedback.rows import AGENT_CALL, AGENT_RUN, EPISODE, FEEDBACK, ITEM, TURN
 
 EXPIRED = "expired"
 """Why an episode is dropped that was deleted before its outcome came."""
-_PARAMETERS = 500
-"""Most values in one IN list: databases bound the number of parameters of a statement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def _forget_tasks(connection: Connection, gone: Sequence[Row[Any]]) -> int:
                 connection.execute(
                     update(FEEDBACK).where(FEEDBACK.c.id == row.id), {"episode_id": meant}
                 )
-    done = (delete(FEEDBACK).where(FEEDBACK.c.id.in_(some)) for some in _pieces(over))
+    done = (delete(FEEDBACK).where(FEEDBACK.c.id.in_(some)) for some in in_pieces(over))
     return sum(connection.execute(statement).rowcount for statement in done)
 
 
@@ -152,8 +151,3 @@ def is_lost(ids: Sequence[int]) -> ColumnElement[bool]:
         FEEDBACK.c.id.in_(ids),
         or_(and_(of_task, ~is_attempted), and_(~of_task, ~is_named)),
     )
-
-
-def _pieces(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Databases bound the number of parameters of a statement."""
-    return (ids[start : start + _PARAMETERS] for start in range(0, len(ids), _PARAMETERS))
