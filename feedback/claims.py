@@ -19,16 +19,9 @@ from feedback import amendments, events, rulings
 from feedback.errors import LeaseLost
 from feedback.ideals import Correction, Preference, corrections, preferences
 from feedback.locks import lock_items
-from feedback.readiness import (
-    count_drops,
-    is_usable,
-    line_of,
-    near_versions,
-    pool_of,
-    triggered,
-    worth,
-)
+from feedback.readiness import is_usable, near_versions, pool_of, triggered
 from feedback.rows import EPISODE, ITEM, LINE, RUN
+from feedback.settling import count_drops, line_of, worth
 from feedback.shares import RestsOn, whole_groups, within_share
 from feedback.spec import LearningSpec
 from feedback.training import Amendment, Claim, TrainingRun

@@ -1,6 +1,6 @@
 """What finished episodes of some versions were worth, for comparing the versions.
 
-Reads what `feedback.readiness` settled: a reward stays known after its episode was trained on or
+Reads what `feedback.settling` worked out: a reward stays known after its episode was trained on or
 dropped as stale. How outcomes are compared is `feedback.sequential`'s and the caller's business.
 """
 

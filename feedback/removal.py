@@ -29,8 +29,8 @@ from feedback.addressing import addressed
 from feedback.database import in_pieces
 from feedback.locks import lock_items
 from feedback.prunable import Rules, may_go
-from feedback.readiness import count_drops, line_of
 from feedback.rows import AGENT_CALL, AGENT_RUN, EPISODE, FEEDBACK, ITEM, TURN
+from feedback.settling import count_drops, line_of
 
 EXPIRED = "expired"
 """Why an episode is dropped that was deleted before its outcome came."""

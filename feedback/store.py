@@ -1,8 +1,9 @@
 """The durable record, as one object: each method is one committed transaction.
 
 A thin face over `feedback.episodes`, `feedback.events`, `feedback.outcomes`, `feedback.arrivals`,
-`feedback.readiness`, `feedback.claims`, `feedback.replay` and `feedback.rulings`, which hold the
-SQL. Calls block on the disk: in asyncio use `feedback.log`, or a thread.
+`feedback.settling`, `feedback.readiness`, `feedback.claims`, `feedback.replay` and
+`feedback.rulings`, which hold the SQL. Calls block on the disk: in asyncio use `feedback.log`, or a
+thread.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from feedback import (
     replay,
     rulings,
     run_record,
+    settling,
     suspicion,
 )
 from feedback import readiness as ready
@@ -333,10 +335,10 @@ class Store:
     def settle(self, spec: LearningSpec, now: float) -> None:
         """Work out the rewards of whatever changed; who asks for them has it done anyway."""
         with self.database.connect() as connection:
-            more = ready.unsettled(connection, spec, now)
+            more = settling.unsettled(connection, spec, now)
         while more:
             with self._writing.begin() as connection:
-                more = ready.settle(connection, spec, now)
+                more = settling.settle(connection, spec, now)
 
 
 def _rewarded(connection: Connection, rewards: Mapping[str, float]) -> list[RewardedEpisode]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from feedback import claims, events, readiness
+from feedback import claims, events, settling
 from feedback.database import writing
 from feedback.errors import EpisodeExists, LeaseLost
 from feedback.spec import LearningSpec, TrainingSpec
@@ -94,7 +94,7 @@ def test_an_outcome_that_comes_while_its_episode_is_settled_counts(store: Store)
     store.begin(episode("e"))
     during(
         store,
-        lambda connection: readiness.settle(connection, SPEC, 1e9),
+        lambda connection: settling.settle(connection, SPEC, 1e9),
         lambda: store.add_feedback([event("x")]),
     )
     assert store.readiness(SPEC, live_version=0).ready == 1
