@@ -92,9 +92,9 @@ def say(**figures: Any) -> None:
 def run_engine(folder: Path) -> None:
     import asyncio  # noqa: PLC0415 - the engine forks, and wants few modules and no thread
 
-    from policy.settings import EngineSettings, ModelSettings  # noqa: PLC0415
-    from policy.types import AdapterRef  # noqa: PLC0415
-    from policy.vllm_engine import create_vllm_engine  # noqa: PLC0415
+    from policy.settings import EngineSettings, ModelSettings  # noqa: PLC0415 - as above
+    from policy.types import AdapterRef  # noqa: PLC0415 - as above
+    from policy.vllm_engine import create_vllm_engine  # noqa: PLC0415 - as above
 
     engine = create_vllm_engine(folder, ModelSettings(), EngineSettings(kv_cache_mb=64))
     ids = list(range(3, 200))
@@ -107,10 +107,10 @@ def run_engine(folder: Path) -> None:
 def run_trainer(folder: Path, *, borrow: bool) -> None:
     import torch  # noqa: PLC0415 - as above: only the trainer's process needs it
 
-    from benchmarks.update import SPEC, episodes, ignore  # noqa: PLC0415
-    from trainer.algorithms.loop import Loop  # noqa: PLC0415
-    from trainer.learner import new_optimizer, update  # noqa: PLC0415
-    from trainer.model import LoraModel  # noqa: PLC0415
+    from benchmarks.update import SPEC, episodes, ignore  # noqa: PLC0415 - as above
+    from trainer.algorithms.loop import Loop  # noqa: PLC0415 - as above
+    from trainer.learner import new_optimizer, update  # noqa: PLC0415 - as above
+    from trainer.model import LoraModel  # noqa: PLC0415 - as above
 
     torch.set_num_threads(1)
     say(process=os.getpid())
@@ -190,7 +190,7 @@ def one_trainer(folder: Path, engine: int, way: str) -> dict[str, float]:
 @contextlib.contextmanager
 def base_of(dtype: str) -> Iterator[Path]:
     import torch  # noqa: PLC0415 - not in the process that measures, where it is not needed
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: PLC0415
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: PLC0415 - as above
 
     with tempfile.TemporaryDirectory() as name:
         torch.manual_seed(0)

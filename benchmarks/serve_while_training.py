@@ -71,10 +71,10 @@ class Worker:
 def train(orders: Connection, level: int) -> None:
     import torch  # noqa: PLC0415 - not in the process of the customers
 
-    from benchmarks import update as synthetic  # noqa: PLC0415
-    from trainer.algorithms.loop import Loop  # noqa: PLC0415
-    from trainer.learner import new_optimizer, update  # noqa: PLC0415
-    from trainer.model import LoraModel  # noqa: PLC0415
+    from benchmarks import update as synthetic  # noqa: PLC0415 - as above
+    from trainer.algorithms.loop import Loop  # noqa: PLC0415 - as above
+    from trainer.learner import new_optimizer, update  # noqa: PLC0415 - as above
+    from trainer.model import LoraModel  # noqa: PLC0415 - as above
 
     os.nice(level)
     torch.set_num_threads(1)

@@ -88,8 +88,8 @@ class Server:
 def make_adapter(folder: Path, *, seed: int) -> Path:
     """A LoRA of random weights that changes what the model says."""
     import torch  # noqa: PLC0415 - only here, and it takes seconds
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - as above
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - as above
 
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
