@@ -16,6 +16,7 @@ import yaml
 
 from examples.desk.stack import AGENTS, Stack
 from examples.desk.traffic import Outcome, Owner, Traffic, keep_busy
+from policy.types import AdapterRef
 
 pytestmark = pytest.mark.timeout(240)
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
@@ -52,16 +53,19 @@ async def hone(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def until_served_by(traffic: Traffic, version: int, seed: int) -> list[Outcome]:
-    """Live traffic until an episode was worked by this version."""
+    """Live traffic until an episode was worked by this version, or by a later one: of a trainer
+    that is killed after it published and before anybody was told, the version's number is lost."""
     outcomes: list[Outcome] = []
-    wanted = f"desk@v{version}"
     await asyncio.wait_for(
         keep_busy(
             traffic,
             workers=8,
             seed=seed,
             report=outcomes.append,
-            until=lambda: any(outcome.model == wanted for outcome in outcomes),
+            until=lambda: any(
+                outcome.model is not None and AdapterRef.parse(outcome.model).version >= version
+                for outcome in outcomes
+            ),
         ),
         120,
     )

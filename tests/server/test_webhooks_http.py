@@ -358,6 +358,9 @@ def test_no_signed_input_is_a_5xx(hooks: House, source: str, payload: Any, raw: 
         headers = {"tickets": lambda b: official(b, hashlib.sha1(b).hexdigest()),
                    "github": github, "stripe": stripe}[source](body)  # fmt: skip
         answer = post(hooks, source, body, **headers)
+        if source == "stripe" and len(body) > 2000:  # more than its file lets it send
+            assert error(answer) == (413, "request_too_large")
+            continue
         assert answer.status_code in (200, 400), answer.text
         if answer.status_code == 400:
             assert error(answer) == (400, "invalid_payload")
