@@ -22,7 +22,7 @@ serve: $(READY) ## Leave the desk and Hone running, for you to play with
 	$(BIN)/python -m examples.desk.play $(ARGS)
 
 test: check ## Check, then run every test on the real engine (ARGS="tests/policy --durations=9")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: $(READY) ## Kill, cut power, fail disks, stop servers: thousands of times (5 minutes)
 	$(BIN)/python -m tests.faults
