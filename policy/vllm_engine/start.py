@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm.config.kernel import IrOpPriorityConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -17,6 +18,7 @@ from policy.engine import EngineError
 from policy.forking import warn_of_threads
 from policy.settings import EngineSettings, ModelSettings
 from policy.vllm_engine.client import TappedClient
+from policy.vllm_engine.cpu_norms import norms_first
 from policy.vllm_engine.engine import VllmEngine
 from policy.vllm_engine.process import TiedExecutor
 
@@ -96,6 +98,7 @@ def _engine_args(path: str, model: ModelSettings, engine: EngineSettings) -> Asy
         override_generation_config=_NEUTRAL_SAMPLING,
         disable_log_stats=not engine.metrics,
         use_tqdm_on_load=False,
+        ir_op_priority=norms_first() if on_cpu else IrOpPriorityConfig(),
     )
 
 
