@@ -21,6 +21,7 @@ from policy.vllm_engine.client import TappedClient
 from policy.vllm_engine.cpu_norms import norms_first
 from policy.vllm_engine.engine import VllmEngine
 from policy.vllm_engine.process import TiedExecutor
+from policy.vllm_engine.rendering import render_small_chats_at_once
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _NEUTRAL_SAMPLING = {
@@ -60,6 +61,7 @@ def create_vllm_engine(
             log_stats=engine.metrics,
             log_requests=False,
         )
+    render_small_chats_at_once(client.renderer)
     return VllmEngine(client, probe_tolerance=engine.probe_tolerance)
 
 
