@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from sqlalchemy import Connection, Row, and_, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, insert, or_, select, update
 
 from feedback import events
 from feedback.database import in_pieces, insert_absent
@@ -51,6 +52,28 @@ class EpisodeSummary:
     """Sampled tokens."""
     feedback: Mapping[str, float]
     """The value in force of each metric that has been reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """An episode's end."""
+
+    episode_id: str
+    stop_reason: str
+    ended_at: float
+    """Unix seconds."""
+
+
+_END_EPISODE = (
+    update(EPISODE)
+    .where(EPISODE.c.id == bindparam("id_"))
+    .values(stop_reason=bindparam("stop_reason_"), ended_at=bindparam("ended_at_"), owner=None)
+)
+_END_ITEM = (
+    update(ITEM)
+    .where(ITEM.c.episode_id == bindparam("id_"))
+    .values(state="touched", ended_at=bindparam("ended_at_"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,43 +125,53 @@ class _Standing:
         )
 
 
-def begin(connection: Connection, episode: Episode, owner: str | None = None) -> None:
-    """Record that an episode began, with whatever turns it already has.
+def begin(connection: Connection, begun: Sequence[Episode], owner: str | None = None) -> None:
+    """Record that episodes began, with whatever turns they already have: all, or none is.
 
-    `owner` is the server that runs it. Here and below, None asks for no owner. Raises
-    EpisodeExists, or EpisodeForeign if its id or its policy is another tenant's: nobody's data
-    trains another's adapter.
+    `owner` is the server that runs them. Here and below, None asks for no owner. Raises
+    EpisodeExists, or EpisodeForeign if an id or a policy is another tenant's: nobody's data trains
+    another's adapter.
     """
-    _check_names(episode)
-    if claimed_by(connection, episode.policy) not in (None, episode.tenant):
-        raise EpisodeForeign(f"policy {episode.policy!r} is another tenant's")
-    standing, turns = _Standing(), []
-    for turn in episode.turns:
-        row, standing = standing.with_turn(episode.id, turn)
-        turns.append(row)
+    holders = {policy: claimed_by(connection, policy) for policy in {e.policy for e in begun}}
+    rows: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
+    for episode in begun:
+        _check_names(episode)
+        if holders[episode.policy] not in (None, episode.tenant):
+            raise EpisodeForeign(f"policy {episode.policy!r} is another tenant's")
+        standing = _Standing()
+        for turn in episode.turns:
+            row, standing = standing.with_turn(episode.id, turn)
+            turns.append(row)
+        rows.append(_episode_values(episode) | dataclasses.asdict(standing) | {"owner": owner})
     statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
-    values = _episode_values(episode) | dataclasses.asdict(standing) | {"owner": owner}
-    if connection.execute(statement, values).first() is None:
-        if tenant_of(connection, episode.id) != episode.tenant:
-            raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
-        raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
-    if episode.purpose in ("live", "practice"):
-        connection.execute(
-            insert(ITEM),
-            {
-                "episode_id": episode.id,
-                "policy": episode.policy,
-                "version": episode.version,
-                "state": "running",
-            },
-        )
+    written = Counter(connection.execute(statement, rows).scalars())
+    for episode in begun:
+        if not written[episode.id]:
+            _refuse(connection, episode)
+        written[episode.id] -= 1  # an id that comes twice was written once
+    trainable = [episode for episode in begun if episode.purpose in ("live", "practice")]
+    if trainable:
+        connection.execute(insert(ITEM), [_item_values(episode) for episode in trainable])
         events.begun(
-            connection, episode.tenant, episode.id, storable(episode.task_key), episode.started_at
+            connection,
+            [(e.tenant, storable(e.task_key), e.started_at, e.id) for e in trainable],
         )
     if turns:
         connection.execute(insert(TURN), turns)
-    if episode.stop_reason is not None:
-        end(connection, episode.id, episode.stop_reason, episode.ended_at or episode.started_at)
+    ended = [
+        Ending(episode.id, episode.stop_reason, episode.ended_at or episode.started_at)
+        for episode in begun
+        if episode.stop_reason is not None
+    ]
+    if ended:
+        end(connection, ended)
+
+
+def _refuse(connection: Connection, episode: Episode) -> NoReturn:
+    if tenant_of(connection, episode.id) != episode.tenant:
+        raise EpisodeForeign(f"episode id {episode.id!r} is taken; choose another one")
+    raise EpisodeExists(f"episode {episode.id!r} was begun before; ids are never used twice")
 
 
 def append_turn(
@@ -188,23 +221,23 @@ def complete_turn(connection: Connection, episode_id: str, turn: Turn) -> None:
     )
 
 
-def end(
-    connection: Connection,
-    episode_id: str,
-    stop_reason: str,
-    ended_at: float,
-    owner: str | None = None,
-) -> None:
-    """Record that an episode is over. Raises EpisodeMissing, EpisodeEnded or EpisodeTaken."""
-    running(connection, episode_id, owner)
-    connection.execute(
-        update(EPISODE).where(EPISODE.c.id == episode_id),
-        {"stop_reason": stop_reason, "ended_at": ended_at, "owner": None},
-    )
-    connection.execute(
-        update(ITEM).where(ITEM.c.episode_id == episode_id),
-        {"state": "touched", "ended_at": ended_at},
-    )
+def end(connection: Connection, endings: Sequence[Ending], owner: str | None = None) -> None:
+    """Record that episodes are over: all, or none is. Raises EpisodeMissing, EpisodeEnded or
+    EpisodeTaken."""
+    known: dict[str, Row[Any]] = {}
+    for some in in_pieces([ending.episode_id for ending in endings]):
+        query = select(EPISODE).where(EPISODE.c.id.in_(some)).order_by(EPISODE.c.id)
+        known |= {row.id: row for row in connection.execute(query.with_for_update())}
+    for ending in endings:
+        _check_runs(known.get(ending.episode_id), ending.episode_id, owner)
+    if len(known) < len(endings):
+        raise EpisodeEnded("an episode can be ended once; one of these is there twice")
+    values = [
+        {"id_": each.episode_id, "stop_reason_": each.stop_reason, "ended_at_": each.ended_at}
+        for each in endings
+    ]
+    connection.execute(_END_EPISODE, values)
+    connection.execute(_END_ITEM, values)
 
 
 def running(connection: Connection, episode_id: str, owner: str | None = None) -> Row[Any]:
@@ -214,7 +247,10 @@ def running(connection: Connection, episode_id: str, owner: str | None = None) -
     that was thought dead may come back, and must not go on with what was taken over.
     """
     query = select(EPISODE).where(EPISODE.c.id == episode_id).with_for_update()
-    row = connection.execute(query).first()
+    return _check_runs(connection.execute(query).first(), episode_id, owner)
+
+
+def _check_runs(row: Row[Any] | None, episode_id: str, owner: str | None) -> Row[Any]:
     if row is None:
         raise EpisodeMissing(f"no episode {episode_id!r}; begin it first")
     if row.stop_reason is not None:
@@ -297,6 +333,15 @@ def _check_names(episode: Episode) -> None:
 
 def _digest(packed: bytes) -> bytes:
     return hashlib.blake2b(packed, digest_size=16).digest()
+
+
+def _item_values(episode: Episode) -> dict[str, Any]:
+    return {
+        "episode_id": episode.id,
+        "policy": episode.policy,
+        "version": episode.version,
+        "state": "running",
+    }
 
 
 def _episode_values(episode: Episode) -> dict[str, Any]:

@@ -46,9 +46,14 @@ _CONTENT = tuple(name for name in _COLUMNS if name not in ("event_time", "receiv
 # Made once: every episode's begin asks, and making a statement takes as long as running it.
 _SAID_OF = (
     select(FEEDBACK.c.id)
-    .where(FEEDBACK.c.tenant == bindparam("tenant"), FEEDBACK.c.task_key == bindparam("task_key"))
+    .where(
+        FEEDBACK.c.tenant == bindparam("tenant"),
+        FEEDBACK.c.task_key.in_(bindparam("task_keys", expanding=True)),
+    )
     .limit(1)
 )
+NewAttempt = tuple[str, str, float, str]
+"""(tenant, task key, begin in Unix seconds, id) of an episode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,20 +202,42 @@ def is_open() -> ColumnElement[bool]:
     return or_(ITEM.c.state.in_(_ENDED), ITEM.c.drop_reason == NEVER_JUDGED)
 
 
-def begun(connection: Connection, tenant: str, id: str, task_key: str, started_at: float) -> None:
-    """A task's episode is new: what was said of the task may be about it, and about others no
+def begun(connection: Connection, new: Sequence[NewAttempt]) -> None:
+    """These episodes are new: what was said of their tasks may be about them, and about others no
     longer."""
-    if len(task_key) > ID_LENGTH:
-        return
-    if connection.execute(_SAID_OF, {"tenant": tenant, "task_key": task_key}).first() is None:
-        return
+    tasks = {(tenant, task_key): None for tenant, task_key, *_ in new if len(task_key) <= ID_LENGTH}
+    said_of = {
+        (tenant, task_key)
+        for (tenant,), some in _batches(list(tasks))
+        if _is_said_of_any(connection, tenant, some)
+        for task_key in some
+        if _is_said_of_any(connection, tenant, [task_key])
+    }
+    touched = {
+        id
+        for tenant, task_key, started_at, own in new
+        if (tenant, task_key) in said_of
+        for id in _neighbours(connection, tenant, task_key, started_at, own)
+    }
+    touch(connection, sorted(touched))
+
+
+def _is_said_of_any(connection: Connection, tenant: str, task_keys: Sequence[str]) -> bool:
+    found = connection.execute(_SAID_OF, {"tenant": tenant, "task_keys": task_keys})
+    return found.first() is not None
+
+
+def _neighbours(
+    connection: Connection, tenant: str, task_key: str, started_at: float, id: str
+) -> Iterator[str]:
+    """The attempts at a task just before one of them and just after it."""
     place, own = tuple_(EPISODE.c.started_at, EPISODE.c.id), tuple_(started_at, id)
     others = _attempts(tenant, task_key).limit(1)
-    neighbours = (
+    for query in (
         others.where(place < own).order_by(EPISODE.c.started_at.desc(), EPISODE.c.id.desc()),
         others.where(place > own).order_by(EPISODE.c.started_at, EPISODE.c.id),
-    )
-    touch(connection, sorted(row.id for q in neighbours for row in connection.execute(q)))
+    ):
+        yield from (row.id for row in connection.execute(query))
 
 
 def _meant(connection: Connection, events: Sequence[FeedbackEvent]) -> dict[_Key, str | None]:

@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum, auto
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,6 +25,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 
 from feedback import episodes, events, run_record
 from feedback.database import has_committed, transaction_id, writing
+from feedback.episodes import Ending
 from feedback.errors import DiskFailed, OutcomeUnknown, RecordError, RecordUnavailable
 from feedback.events import Receipt
 from feedback.runs import NewRun, Run, RunCall
@@ -53,17 +56,34 @@ class LogClosed(Exception):
     """The log takes no more writes."""
 
 
+class _Kind(IntEnum):
+    """Of writes, in the order in which a batch records them.
+
+    All but steps are recorded together, several times quicker than one by one. An episode's begin
+    comes before its steps, its end after them; what feedback says does not depend on order.
+    """
+
+    BEGIN = auto()
+    STEP = auto()
+    END = auto()
+    FEEDBACK = auto()
+
+
+_OUTCOMES = (_Kind.END, _Kind.FEEDBACK)
+"""What somebody may wait for."""
+
+
 @dataclass(slots=True)
 class _Write:
     """One awaited call, and then its outcome."""
 
-    apply: Callable[[Connection], Any]
+    kind: _Kind
+    items: Sequence[Any]
+    """What is recorded; a step has none."""
+    apply: Callable[[Connection, Sequence[Any]], Any]
+    """Records items, also those of other writes of its kind; what it returns is in their order."""
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
-    said: Sequence[FeedbackEvent] = ()
-    """The events, if this is feedback: those of a batch are recorded together."""
-    is_outcome: bool = False
-    """Whether somebody may wait for it: an episode's end, or feedback."""
     result: Any = None
     error: BaseException | None = None
 
@@ -94,71 +114,51 @@ class Log:
 
     async def begin(self, episode: Episode) -> None:
         """As `Store.begin`."""
-        await self._submit(lambda connection: episodes.begin(connection, episode, self._owner))
+        await self._submit(_Kind.BEGIN, [episode], partial(episodes.begin, owner=self._owner))
 
     async def append_turn(self, episode_id: str, turn: Turn) -> None:
         """As `Store.append_turn`."""
-        await self._submit(
-            lambda connection: episodes.append_turn(connection, episode_id, turn, self._owner)
-        )
+        await self._step(partial(episodes.append_turn, episode_id=episode_id, turn=turn))
 
     async def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         """As `Store.end`."""
-        await self._submit(
-            lambda connection: run_record.end(
-                connection, episode_id, stop_reason, ended_at, self._owner
-            ),
-            is_outcome=True,
-        )
+        ending = Ending(episode_id, stop_reason, ended_at)
+        await self._submit(_Kind.END, [ending], partial(run_record.end, owner=self._owner))
 
     async def begin_run(self, episode: Episode, run: NewRun) -> None:
         """As `begin`, for an agent's run."""
-        await self._submit(
-            lambda connection: run_record.begin(connection, episode, run, self._owner)
-        )
+        await self._step(partial(run_record.begin, episode=episode, run=run))
 
     async def resume_run(self, run: Run) -> None:
         """A run that was queued, waited, or lost its server goes on."""
-        await self._submit(
-            lambda connection: run_record.start(connection, run.episode.id, self._owner)
-        )
+        await self._step(partial(run_record.start, episode_id=run.episode.id))
 
     async def intend(self, episode_id: str, turn: Turn, calls: Sequence[RunCall]) -> None:
         """As `append_turn`, before the turn's calls are made."""
-        await self._submit(
-            lambda connection: run_record.intend(connection, episode_id, turn, calls, self._owner)
-        )
+        await self._step(partial(run_record.intend, episode_id=episode_id, turn=turn, calls=calls))
 
     async def make(self, episode_id: str, call_ids: Sequence[str]) -> None:
         """Calls that were approved are made now."""
-        await self._submit(
-            lambda connection: run_record.make(connection, episode_id, call_ids, self._owner)
-        )
+        await self._step(partial(run_record.make, episode_id=episode_id, call_ids=call_ids))
 
     async def answer(self, episode_id: str, call: ToolCall) -> None:
         """One call of a turn is answered; others are under way."""
-        await self._submit(
-            lambda connection: run_record.answer(connection, episode_id, call, self._owner)
-        )
+        await self._step(partial(run_record.answer, episode_id=episode_id, call=call))
 
     async def complete(self, episode_id: str, turn: Turn) -> None:
         """All calls of a turn are answered."""
-        await self._submit(
-            lambda connection: run_record.complete(connection, episode_id, turn, self._owner)
-        )
+        await self._step(partial(run_record.complete, episode_id=episode_id, turn=turn))
 
     async def pause(self, episode_id: str, waits_until: float) -> list[RunCall]:
         """As `feedback.run_record.pause`."""
-        calls: list[RunCall] = await self._submit(
-            lambda connection: run_record.pause(connection, episode_id, waits_until, self._owner)
+        calls: list[RunCall] = await self._step(
+            partial(run_record.pause, episode_id=episode_id, waits_until=waits_until)
         )
         return calls
 
     async def add_feedback(self, said: Sequence[FeedbackEvent]) -> list[Receipt]:
         """As `Store.add_feedback`."""
-        receipts: list[Receipt] = await self._submit(
-            lambda connection: events.add(connection, said), said, is_outcome=True
-        )
+        receipts: list[Receipt] = await self._submit(_Kind.FEEDBACK, said, events.add)
         return receipts
 
     def close(self) -> None:
@@ -169,15 +169,20 @@ class Log:
                 self._queue.put(None)
         self._thread.join()
 
+    async def _step(self, apply: Callable[..., Any]) -> Any:
+        """Submit what is recorded by itself, under our owner's name."""
+        return await self._submit(
+            _Kind.STEP, (), lambda connection, _: apply(connection, owner=self._owner)
+        )
+
     async def _submit(
         self,
-        apply: Callable[[Connection], Any],
-        said: Sequence[FeedbackEvent] = (),
-        *,
-        is_outcome: bool = False,
+        kind: _Kind,
+        items: Sequence[Any],
+        apply: Callable[[Connection, Sequence[Any]], Any],
     ) -> Any:
         loop = asyncio.get_running_loop()
-        write = _Write(apply, loop.create_future(), loop, said, is_outcome)
+        write = _Write(kind, items, apply, loop.create_future(), loop)
         with self._closing:  # nothing may enter the queue behind its end mark
             if self._closed:
                 raise LogClosed("the log is closed; the server is shutting down")
@@ -196,7 +201,7 @@ def _write_batches(
         open_ = None not in batch
         writes = [write for write in batch if write is not None]
         _commit(database, writes)
-        if any(write.is_outcome and write.error is None for write in writes):
+        if any(write.kind in _OUTCOMES and write.error is None for write in writes):
             wakeup.notify("outcomes")
 
 
@@ -238,17 +243,17 @@ def _fail(batch: Sequence[_Write], error: Exception) -> None:
 
 
 def _record(database: Engine, batch: Sequence[_Write], give_up_at: float) -> None:
-    """Apply a batch in one transaction, each write in a savepoint. Feedback comes last: it may
-    follow its episode, and what it says does not depend on order."""
+    """Apply a batch in one transaction, each write in a savepoint or with others of its kind."""
     for write in batch:
         write.result = write.error = None
     transaction = None
     try:
         with database.begin() as connection:
-            for write in batch:
-                if not write.said:
-                    write.result, write.error = _attempt(connection, write.apply)
-            _add_feedback(connection, [write for write in batch if write.said])
+            for kind in _Kind:
+                writes = [write for write in batch if write.kind is kind]
+                if kind is _Kind.STEP or not _are_applied(connection, writes):
+                    for write in writes:
+                        write.result, write.error = _attempt(connection, write.apply, write.items)
             transaction = transaction_id(connection)
     except OutcomeUnknown as error:
         if transaction is None:
@@ -275,29 +280,30 @@ def _is_on_disk(database: Engine, transaction: str, give_up_at: float) -> bool |
     return None
 
 
-def _add_feedback(connection: Connection, writes: Sequence[_Write]) -> None:
-    """All feedback of a batch in one go, several times quicker; singly if any of it is refused."""
+def _are_applied(connection: Connection, writes: Sequence[_Write]) -> bool:
+    """Record writes of one kind in one go; False, with nothing recorded, if any is refused."""
     if not writes:
-        return
-    together = [event for write in writes for event in write.said]
-    receipts, refusal = _attempt(connection, lambda connection: events.add(connection, together))
-    if refusal is None:
-        given = iter(receipts)
-        for write in writes:
-            write.result = list(islice(given, len(write.said)))
-        return
+        return True
+    together = [item for write in writes for item in write.items]
+    results, refusal = _attempt(connection, writes[0].apply, together)
+    if refusal is not None:
+        return False
+    given = iter(results or ())
     for write in writes:
-        write.result, write.error = _attempt(connection, write.apply)
+        write.result = list(islice(given, len(write.items)))
+    return True
 
 
 def _attempt(
-    connection: Connection, apply: Callable[[Connection], Any]
+    connection: Connection,
+    apply: Callable[[Connection, Sequence[Any]], Any],
+    items: Sequence[Any],
 ) -> tuple[Any, Exception | None]:
     """(result, refusal). A refusal is the write's own. Anything else (disk full, I/O error) fails
     the batch: SQLite may have rolled the transaction back by itself, earlier writes included."""
     savepoint = connection.begin_nested()
     try:
-        result = apply(connection)
+        result = apply(connection, items)
     except _REFUSALS as error:
         savepoint.rollback()
         return None, error

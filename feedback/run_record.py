@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, insert, literal, select, update
+from sqlalchemy import Connection, Row, bindparam, case, insert, select, update
 
 from feedback import episodes
 from feedback.rows import AGENT_CALL, AGENT_RUN, EPISODE, TURN
@@ -17,13 +17,23 @@ from feedback.runs import WAITING, NewRun, RunCall
 from feedback.texts import storable
 from feedback.types import Episode, ToolCall, Turn
 
+_END_RUN = (
+    update(AGENT_RUN)
+    .where(AGENT_RUN.c.episode_id == bindparam("id_"))
+    .values(
+        state="ended",
+        waits_until=None,
+        webhook_due_at=case((AGENT_RUN.c.is_background, bindparam("ended_at_")), else_=None),
+    )
+)
+
 UNFINISHED = "not finished: the run ended"
 UNKNOWN = "the server stopped while the call was under way: it may have been made, or not"
 
 
 def begin(connection: Connection, episode: Episode, run: NewRun, owner: str | None) -> None:
     """Record that a run began. Raises EpisodeExists."""
-    episodes.begin(connection, episode, owner)
+    episodes.begin(connection, [episode], owner)
     values = {
         "episode_id": episode.id,
         "tenant": episode.tenant,
@@ -114,20 +124,12 @@ def pause(
 
 
 def end(
-    connection: Connection,
-    episode_id: str,
-    stop_reason: str,
-    ended_at: float,
-    owner: str | None = None,
+    connection: Connection, endings: Sequence[episodes.Ending], owner: str | None = None
 ) -> None:
-    """Record that an episode is over, an agent's run or not. Raises as `episodes.end`."""
-    episodes.end(connection, episode_id, stop_reason, ended_at, owner)
-    due = case((AGENT_RUN.c.is_background, literal(ended_at)), else_=None)
-    connection.execute(
-        update(AGENT_RUN)
-        .where(AGENT_RUN.c.episode_id == episode_id)
-        .values(state="ended", waits_until=None, webhook_due_at=due)
-    )
+    """Record that episodes are over, agents' runs or not. Raises as `episodes.end`."""
+    episodes.end(connection, endings, owner)
+    values = [{"id_": each.episode_id, "ended_at_": each.ended_at} for each in endings]
+    connection.execute(_END_RUN, values)
 
 
 def close_turn(connection: Connection, episode_id: str) -> None:

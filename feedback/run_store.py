@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, exists, s
 
 from feedback import episodes, run_record
 from feedback.database import insert_absent, writing
+from feedback.episodes import Ending
 from feedback.errors import CallNotWaiting, EpisodeEnded, EpisodeMissing
 from feedback.rows import AGENT_CALL, AGENT_RUN, EPISODE, SERVER_LEASE
 from feedback.runs import WAITING, Decision, Run, RunCall
@@ -131,7 +132,7 @@ class RunStore:
                 _set_run(connection, id, cancel_requested=True)
                 return True
             run_record.close_turn(connection, id)
-            run_record.end(connection, id, "cancelled", now)
+            run_record.end(connection, [Ending(id, "cancelled", now)])
             return False
 
     # What servers look after
@@ -205,7 +206,7 @@ class RunStore:
             if row is not None and row.is_durable:
                 return "resume"
             run_record.close_turn(connection, id)
-            run_record.end(connection, id, "interrupted", now)
+            run_record.end(connection, [Ending(id, "interrupted", now)])
             return "ended"
 
     def late(self, now: float, limit: int = 100) -> list[str]:
@@ -229,7 +230,7 @@ class RunStore:
             calls = run_record.calls_of(connection, id)
             if any(call.state == "client" for call in calls):
                 run_record.close_turn(connection, id)
-                run_record.end(connection, id, "idle", now)
+                run_record.end(connection, [Ending(id, "idle", now)])
                 return "ended"
             for call in calls:
                 if call.state == "approval":

@@ -30,7 +30,7 @@ from feedback import (
 from feedback import readiness as ready
 from feedback.arrivals import Arrival
 from feedback.database import open_database, writing
-from feedback.episodes import EpisodeSummary
+from feedback.episodes import Ending, EpisodeSummary
 from feedback.events import Receipt
 from feedback.outcomes import Copies, Outcome
 from feedback.rulings import Ruling, Verdict
@@ -59,7 +59,7 @@ class Store:
     def begin(self, episode: Episode) -> None:
         """Record that an episode began; raises EpisodeExists or EpisodeForeign."""
         with self._writing.begin() as connection:
-            episodes.begin(connection, episode)
+            episodes.begin(connection, [episode])
 
     def append_turn(self, episode_id: str, turn: Turn) -> None:
         """Record the next turn, or the last one again; raises EpisodeMissing, EpisodeEnded or
@@ -70,7 +70,7 @@ class Store:
     def end(self, episode_id: str, stop_reason: str, ended_at: float) -> None:
         """Record that an episode is over; raises EpisodeMissing or EpisodeEnded."""
         with self._writing.begin() as connection:
-            run_record.end(connection, episode_id, stop_reason, ended_at)
+            run_record.end(connection, [Ending(episode_id, stop_reason, ended_at)])
 
     def episode(self, id: str, tenant: str = "default") -> Episode | None:
         """One episode with its turns."""

@@ -6,13 +6,20 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import NoneType
 
 import pytest
 from sqlalchemy import Connection
 from sqlalchemy import event as hooks
 from sqlalchemy.exc import IntegrityError
 
-from feedback.errors import DiskFailed, EpisodeMissing, TurnOutOfOrder
+from feedback.errors import (
+    DiskFailed,
+    EpisodeEnded,
+    EpisodeExists,
+    EpisodeMissing,
+    TurnOutOfOrder,
+)
 from feedback.log import Log, LogClosed
 from feedback.store import Store
 from tests.feedback.record_samples import episode, event, turn
@@ -78,6 +85,42 @@ async def test_a_refused_write_fails_alone(store: Store, log: Log) -> None:
     assert isinstance(outcomes[6], TurnOutOfOrder)
     assert store.episode("half") is None
     assert [e.event_id for e in store.feedback("a")] == ["z"]
+
+
+async def test_begins_and_ends_that_share_a_statement_are_refused_one_by_one(
+    store: Store, log: Log
+) -> None:
+    begun = await asyncio.gather(
+        *(log.begin(episode(id, ended_at=None)) for id in ("a", "b", "a", "c")),
+        return_exceptions=True,
+    )
+    assert [type(outcome) for outcome in begun] == [NoneType, NoneType, EpisodeExists, NoneType]
+    ended = await asyncio.gather(
+        *(log.end(id, "finished", 60.0) for id in ("a", "b", "nobody", "b")),
+        return_exceptions=True,
+    )
+    kinds = [type(outcome) for outcome in ended]
+    assert kinds == [NoneType, NoneType, EpisodeMissing, EpisodeEnded]
+    assert {kept.id: kept.stop_reason for kept in store.episodes()} == {
+        "a": "finished",
+        "b": "finished",
+        "c": None,
+    }
+
+
+async def test_many_begins_take_as_many_statements_as_one(store: Store, log: Log) -> None:
+    statements: list[str] = []
+    hooks.listen(
+        store.database, "before_cursor_execute", lambda *said: statements.append(str(said[2]))
+    )
+    counts = []
+    for names in (["alone"], [f"e{number}" for number in range(100)]):
+        statements.clear()
+        # The first is under way while the others gather.
+        await asyncio.gather(*(log.begin(episode(name, ended_at=None)) for name in names))
+        counts.append(len(statements))
+    assert counts[1] <= 2 * counts[0]
+    assert len(store.episodes(limit=200)) == 101
 
 
 async def test_a_failed_commit_is_told_to_all_that_waited_and_the_log_goes_on(

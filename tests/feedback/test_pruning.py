@@ -335,8 +335,8 @@ def test_claims_and_words_meanwhile_are_as_ever(store: Store) -> None:
 def test_a_kill_in_the_middle_leaves_whole_episodes(url: str) -> None:
     store = Store.open(url)
     with writing(store.database).begin() as connection:
-        for number in range(500):
-            episodes.begin(connection, episode(f"e{number}", policy="base", ended_at=OLD))
+        old = [episode(f"e{number}", policy="base", ended_at=OLD) for number in range(500)]
+        episodes.begin(connection, old)
         words = [event(f"f{number}", f"e{number}") for number in range(0, 500, 3)]
         events.add(connection, words)
     code = f"""
