@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """One await under guard, and whether the watch has cancelled it."""
-
-    task: asyncio.Task[Any]
-    cancelled: bool = False
 
 
 class ProcessWatch:
@@ -36,37 +28,17 @@ class ProcessWatch:
         self._error = error
         self._on_exit = on_exit
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waits: set[_Wait] = set()
+        self._waits: set[_Guard] = set()
         self._over = False
 
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> contextlib.AbstractContextManager[None]:
         """Hold it around one await, never across a `yield` of an async generator.
 
         Works as `asyncio.timeout` does, by cancelling the task that waits: no task is added. What
         fails or is cancelled inside because the process is gone is raised as `error`; a task that
         its own caller cancelled stays cancelled.
         """
-        self._start()
-        if self._over:
-            raise self._error()
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("ProcessWatch.guard was entered outside a task; await inside one")
-        cancelled_before = task.cancelling()
-        waiting = _Wait(task)
-        self._waits.add(waiting)
-        try:
-            yield
-        except (Exception, asyncio.CancelledError) as error:
-            by_caller = task.cancelling() - waiting.cancelled > cancelled_before
-            if by_caller or not self._has_exited():
-                raise
-            raise self._error() from error
-        finally:
-            self._waits.discard(waiting)
-            if waiting.cancelled:
-                task.uncancel()
+        return _Guard(self)
 
     def close(self) -> None:
         """Stop watching: guarded awaits, those to come included, fail. From any thread."""
@@ -86,10 +58,51 @@ class ProcessWatch:
         self._over = True
         self._on_exit()
         for waiting in self._waits:
-            if not waiting.cancelled:
-                waiting.cancelled = True
-                waiting.task.cancel()
+            waiting.cancel()
 
     def _has_exited(self) -> bool:
         # The library that talks to the process may notice, and fail, before the loop tells us.
         return self._over or bool(wait([self._process.sentinel], 0))
+
+
+class _Guard:
+    """One await under guard. A class, since every token passes one: it takes half of the time."""
+
+    __slots__ = ("_cancelled", "_cancelled_before", "_task", "_watch")
+
+    def __init__(self, watch: ProcessWatch) -> None:
+        self._watch = watch
+        self._cancelled = False
+        """Whether the watch has cancelled the task."""
+
+    def __enter__(self) -> None:
+        watch = self._watch
+        watch._start()
+        if watch._over:
+            raise watch._error()
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("ProcessWatch.guard was entered outside a task; await inside one")
+        self._task: asyncio.Task[Any] = task
+        self._cancelled_before = task.cancelling()
+        watch._waits.add(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watch._waits.discard(self)
+        by_caller = self._task.cancelling() - self._cancelled > self._cancelled_before
+        if self._cancelled:
+            self._task.uncancel()
+        is_failed = isinstance(error, (Exception, asyncio.CancelledError))
+        if is_failed and not by_caller and self._watch._has_exited():
+            raise self._watch._error() from error
+
+    def cancel(self) -> None:
+        """The process is gone."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()

@@ -61,21 +61,34 @@ class TappedClient(AsyncLLM):
         )
         if sampling_params.logprobs is None:
             for_the_record(sampling_params)
-        pieces = self.sample(prompt, sampling_params, request_id, **kwargs)
-        return _recorded(pieces, recorder, self.on_generation)
+        pieces = super().generate(prompt, sampling_params, request_id, **kwargs)
+        return self._watched(pieces, recorder)
 
-    async def sample(
+    def sample(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate without a report."""
-        pieces = super().generate(prompt, sampling_params, request_id, **kwargs)
-        async with contextlib.aclosing(pieces):
-            while True:
-                with self._watch.guard():
-                    piece = await anext(pieces, None)
-                if piece is None:
-                    return
-                yield piece
+        return self._watched(super().generate(prompt, sampling_params, request_id, **kwargs))
+
+    async def _watched(
+        self,
+        pieces: AsyncGenerator[RequestOutput, None],
+        recorder: GenerationRecorder | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """vLLM's pieces as they come, until the engine process ends; the recorder sees each."""
+        try:
+            async with contextlib.aclosing(pieces):
+                while True:
+                    with self._watch.guard():
+                        piece = await anext(pieces, None)
+                    if piece is None:
+                        return
+                    if recorder is not None:
+                        _record(recorder, piece)
+                    yield piece
+        finally:
+            if recorder is not None and self.on_generation is not None:
+                recorder.report(self.on_generation)
 
     async def _add_request(self, request: Any, *args: Any) -> None:
         await super()._add_request(request, *args)
@@ -100,26 +113,16 @@ class TappedClient(AsyncLLM):
         super().shutdown(timeout=timeout)
 
 
-async def _recorded(
-    pieces: AsyncGenerator[RequestOutput, None],
-    recorder: GenerationRecorder,
-    on_generation: OnGeneration,
-) -> AsyncGenerator[RequestOutput, None]:
-    try:
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                recorder.prompt(piece.prompt_token_ids or ())
-                for output in piece.outputs:
-                    recorder.add(
-                        output.index,
-                        output.token_ids,
-                        _sampled_logprobs(output),
-                        output.text,
-                        _stop_reason(output.finish_reason),
-                    )
-                yield piece
-    finally:
-        recorder.report(on_generation)
+def _record(recorder: GenerationRecorder, piece: RequestOutput) -> None:
+    recorder.prompt(piece.prompt_token_ids or ())
+    for output in piece.outputs:
+        recorder.add(
+            output.index,
+            output.token_ids,
+            _sampled_logprobs(output),
+            output.text,
+            _stop_reason(output.finish_reason),
+        )
 
 
 def for_the_record(params: SamplingParams) -> None:
