@@ -60,6 +60,12 @@ class InstantEngine:
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
         return [-0.5] * (len(token_ids) - 1)
 
+    async def pause(self) -> None:
+        pass
+
+    async def resume(self) -> None:
+        pass
+
     async def healthy(self) -> bool:
         return True
 

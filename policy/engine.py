@@ -20,6 +20,7 @@ class EngineError(Exception):
     ├── AdapterRefused     a version is not loaded; the engine may take it another time
     │   └── ProbeFailed    it does not answer as its trainer says, which is for good
     ├── PromptTooLong      prompt and max_tokens do not fit the context window
+    ├── CannotPause        nobody may hold up what this engine generates
     ├── EngineDead         the engine is gone; the process must be restarted
     └── EngineUnreachable  a remote engine does not answer now; it may again
     """
@@ -38,6 +39,10 @@ class ProbeFailed(AdapterRefused):
 
 
 class PromptTooLong(EngineError):
+    pass
+
+
+class CannotPause(EngineError):
     pass
 
 
@@ -85,6 +90,19 @@ class Engine(Protocol):
 
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
         """log p(token_ids[i + 1] | token_ids[: i + 1]) at temperature 1 (nats); one fewer."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop all generation between two tokens, until `resume`; returns once nothing is computed.
+
+        Streams under way wait, and new ones, scores and probes queue behind them; none fails, and
+        none comes out otherwise than without the pause. Loading goes on up to the probe; unloading
+        goes on. Idempotent. Raises CannotPause or EngineDead.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Let everything go on from where it stopped. Idempotent; raises EngineDead."""
         ...
 
     async def healthy(self) -> bool:

@@ -26,6 +26,7 @@ import httpx
 from policy.engine import (
     AdapterNotLoaded,
     AdapterRefused,
+    CannotPause,
     EngineError,
     EngineUnreachable,
     PromptTooLong,
@@ -192,6 +193,15 @@ class RemoteVllm:
 
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
         return await self._score(token_ids, self.name_of(adapter), adapter)
+
+    async def pause(self) -> None:
+        raise CannotPause(
+            f"the engine is a vLLM server elsewhere, {self.url}: others may use it, and it is not "
+            "ours to hold up; set trainer.share to 'beside'"
+        )
+
+    async def resume(self) -> None:
+        """Nothing: it was never paused."""
 
     async def healthy(self) -> bool:
         try:

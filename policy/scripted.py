@@ -44,6 +44,9 @@ class ScriptedEngine:
         self._seconds_per_token = seconds_per_token
         self._adapters: dict[AdapterRef, Adapter] = {}
         self._closed = False
+        self._runs = asyncio.Event()
+        """Not while it is paused."""
+        self._runs.set()
 
     @property
     def max_model_len(self) -> int:
@@ -62,8 +65,7 @@ class ScriptedEngine:
         said = ""
         for end, (token, logprob) in enumerate(zip(reply, logprobs, strict=True), start=1):
             await asyncio.sleep(self._seconds_per_token)
-            if self._closed:
-                raise EngineDead("the scripted engine was closed")
+            await self._turn()
             text, stopped = self._text(reply[:end], sampling.stop)
             last: StopReason | None = "length" if end == len(reply) else None
             if stopped or token == self._eos_id:
@@ -80,6 +82,7 @@ class ScriptedEngine:
             raise AdapterRefused(f"{adapter.ref} is the base model, which is always loaded")
         report = None
         if adapter.probe is not None:
+            await self._turn()
             report = judge_probe(
                 adapter.ref,
                 adapter.probe,
@@ -96,13 +99,28 @@ class ScriptedEngine:
 
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
         self._check(len(token_ids), 1, adapter)
+        await self._turn()
         return scripted_logprobs(token_ids, adapter)
+
+    async def pause(self) -> None:
+        self._check_alive()
+        self._runs.clear()
+
+    async def resume(self) -> None:
+        self._check_alive()
+        self._runs.set()
 
     async def healthy(self) -> bool:
         return not self._closed
 
     async def close(self) -> None:
         self._closed = True
+        self._runs.set()
+
+    async def _turn(self) -> None:
+        """Wait out a pause."""
+        await self._runs.wait()
+        self._check_alive()
 
     def _check_alive(self) -> None:
         if self._closed:

@@ -107,6 +107,14 @@ class TappedClient(AsyncLLM):
         with self._watch.guard():
             return bool(await super().remove_lora(lora_id))
 
+    async def pause_generation(self, **kwargs: Any) -> None:
+        with self._watch.guard():
+            await super().pause_generation(**kwargs)
+
+    async def resume_generation(self) -> None:
+        with self._watch.guard():
+            await super().resume_generation()
+
     def shutdown(self, timeout: float | None = None) -> None:
         if watch := getattr(self, "_watch", None):  # None: the start failed, and vLLM cleans up.
             watch.close()

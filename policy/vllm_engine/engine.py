@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
@@ -20,6 +20,7 @@ from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
 from policy.vllm_engine.client import TappedClient, delta_of, for_the_record
 
 _SHUTDOWN_SECONDS = 5.0
+_GONE = "the vLLM engine process is gone; restart the server"
 
 
 class VllmEngine:
@@ -104,6 +105,15 @@ class VllmEngine:
     async def score(self, token_ids: Sequence[int], *, adapter: AdapterRef) -> list[float]:
         return await self._score(token_ids, self._lora(adapter))
 
+    async def pause(self) -> None:
+        # The caches are kept: the weights do not change.
+        with _or_dead():
+            await self.client.pause_generation(mode="keep", clear_cache=False)
+
+    async def resume(self) -> None:
+        with _or_dead():
+            await self.client.resume_generation()
+
     async def healthy(self) -> bool:
         return not self.client.errored
 
@@ -143,7 +153,7 @@ class VllmEngine:
                 async for output in outputs:
                     yield output
         except EngineDeadError as error:
-            raise EngineDead("the vLLM engine process is gone; restart the server") from error
+            raise EngineDead(_GONE) from error
         except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise EngineError(f"vLLM refused a request: {error.__cause__ or error}") from error
 
@@ -178,7 +188,7 @@ class VllmEngine:
         try:
             added = await self.client.add_lora(lora)
         except EngineDeadError as error:
-            raise EngineDead("the vLLM engine process is gone; restart the server") from error
+            raise EngineDead(_GONE) from error
         except Exception as error:
             raise AdapterRefused(f"vLLM cannot load {lora.lora_name}: {error}") from error
         if not added:
@@ -187,3 +197,11 @@ class VllmEngine:
     async def _remove(self, lora: LoRARequest) -> None:
         with contextlib.suppress(EngineDeadError):
             await self.client.remove_lora(lora.lora_int_id)
+
+
+@contextlib.contextmanager
+def _or_dead() -> Iterator[None]:
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead(_GONE) from error

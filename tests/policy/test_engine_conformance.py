@@ -16,6 +16,7 @@ import pytest_asyncio
 from policy.engine import (
     AdapterNotLoaded,
     AdapterRefused,
+    CannotPause,
     Engine,
     PromptTooLong,
     complete,
@@ -23,7 +24,7 @@ from policy.engine import (
 from policy.remote_engine import RemoteVllm, open_remote_engine
 from policy.scripted import ScriptedEngine, scripted_logprobs
 from policy.settings import EngineSettings
-from policy.types import Adapter, AdapterRef, Probe, Sampling
+from policy.types import Adapter, AdapterRef, Completion, Delta, Probe, Sampling
 from tests.policy.remote_vllm import remote_app, served
 
 if TYPE_CHECKING:
@@ -43,6 +44,25 @@ class Rig:
     engine: Engine
     adapter: Callable[[int], Adapter]
     eos_id: int
+
+
+@dataclass
+class Seen:
+    """What a stream told so far."""
+
+    deltas: list[Delta]
+
+    async def read(self, stream: AsyncIterator[Delta]) -> None:
+        async for delta in stream:
+            self.deltas.append(delta)
+
+    def completion(self, adapter: AdapterRef) -> Completion:
+        ids = [token for delta in self.deltas for token in delta.token_ids]
+        logprobs = [value for delta in self.deltas for value in delta.logprobs]
+        text = "".join(delta.text for delta in self.deltas)
+        stop_reason = self.deltas[-1].stop_reason
+        assert stop_reason is not None
+        return Completion(tuple(ids), tuple(logprobs), text, adapter, stop_reason)
 
 
 def scripted_reply(prompt_ids: Sequence[int], adapter: AdapterRef) -> list[int]:
@@ -217,3 +237,71 @@ async def test_an_adapter_without_a_probe_is_loaded_without_a_report(rig: Rig) -
     assert await rig.engine.load(adapter) is None
     assert adapter.ref in rig.engine.loaded
     await rig.engine.unload(adapter.ref)
+
+
+async def test_a_pause_keeps_streams_and_queues_requests_and_changes_nothing(rig: Rig) -> None:
+    if isinstance(rig.engine, RemoteVllm):
+        with pytest.raises(CannotPause, match=r"trainer\.share"):
+            await rig.engine.pause()
+        await rig.engine.resume()
+        return
+    async with loaded(rig.engine, rig.adapter(5)) as ref:
+
+        def asked(seed: int) -> tuple[Sampling, AdapterRef]:
+            return Sampling(max_tokens=30, seed=seed), (BASE, ref)[seed % 2]
+
+        async def answer(seed: int) -> Completion:
+            sampling, adapter = asked(seed)
+            return await complete(rig.engine, PROMPT, sampling, adapter=adapter)
+
+        undisturbed = [await answer(seed) for seed in range(4)]
+        streams = [
+            rig.engine.stream(PROMPT, sampling, adapter=adapter)
+            for sampling, adapter in map(asked, range(2))
+        ]
+        begun = [await anext(stream) for stream in streams]
+        await rig.engine.pause()
+        await rig.engine.pause()
+        seen = [Seen([first]) for first in begun]
+        reading = [
+            asyncio.create_task(one.read(stream)) for one, stream in zip(seen, streams, strict=True)
+        ]
+        queued = [asyncio.create_task(answer(seed)) for seed in (2, 3)]
+        score = asyncio.create_task(rig.engine.score(PROMPT, adapter=ref))
+        await asyncio.sleep(0.1)  # What the engine had told already is read.
+        still = [len(one.deltas) for one in seen]
+        await asyncio.sleep(0.3)
+        assert [len(one.deltas) for one in seen] == still
+        assert not any(task.done() for task in (*reading, *queued, score))
+        assert await rig.engine.healthy()
+
+        await rig.engine.resume()
+        await rig.engine.resume()
+        await asyncio.gather(*reading)
+        done = [one.completion(ref) for one in seen] + [await task for task in queued]
+        assert len(await score) == len(PROMPT) - 1
+    for run, before in zip(done, undisturbed, strict=True):
+        assert run.token_ids == before.token_ids
+        assert largest(run.logprobs, before.logprobs) < 1e-5
+        assert run.stop_reason == before.stop_reason
+
+
+async def test_while_it_is_paused_versions_come_and_go_and_clients_hang_up(rig: Rig) -> None:
+    if isinstance(rig.engine, RemoteVllm):
+        return
+    await rig.engine.load(rig.adapter(6))
+    stream = rig.engine.stream(PROMPT, Sampling(max_tokens=400, seed=1), adapter=BASE)
+    await anext(stream)
+    await rig.engine.pause()
+    await rig.engine.unload(AdapterRef("desk", 6))
+    await rig.engine.load(dataclasses.replace(rig.adapter(7), probe=None))
+    assert rig.engine.loaded == {AdapterRef("desk", 7)}
+    assert isinstance(stream, AsyncGenerator)
+    await stream.aclose()
+    load = asyncio.create_task(rig.engine.load(rig.adapter(8)))
+    await asyncio.sleep(0.1)
+    assert not load.done()
+    await rig.engine.resume()
+    assert await load is not None
+    for ref in rig.engine.loaded:
+        await rig.engine.unload(ref)
