@@ -1,7 +1,7 @@
 """The `storage` and `trainer` sections of the settings tree, shared by the server and the trainer.
 
 The server reads `trainer` so that a mistake in it is told before anything starts; the trainer
-alone obeys it.
+alone obeys it, but for how long serving may be paused for it, which the server sees to.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MetricsSink = Literal["tensorboard", "trackio", "wandb"]
 
@@ -89,6 +89,16 @@ class TrainerSection(BaseModel):
     gpu_memory_share: float = Field(
         0.4, gt=0, le=1, description="Share of a GPU's memory that a trainer's process may take."
     )
+    share: Literal["beside", "pause"] = Field(
+        "beside",
+        description="When an update computes: 'beside' serving, or in each 'pause' of it.",
+    )
+    pause_seconds: float = Field(
+        1.0, ge=0.1, le=10, description="Longest pause of serving at a time, with share 'pause'."
+    )
+    serve_seconds: float = Field(
+        1.0, ge=0.1, le=600, description="Least time of serving between two pauses."
+    )
     borrow_base: bool = Field(
         True, description="Use the base model's weights in their mapped file; false: copy them."
     )
@@ -113,6 +123,15 @@ class TrainerSection(BaseModel):
     )
     metrics_folder: Path = Field(Path("var/metrics"), description="Folder of what is shown there.")
     metrics_project: str = Field("hone", description="Its project there (trackio, wandb).")
+
+    @model_validator(mode="after")
+    def _one_process_asks_for_pauses(self) -> TrainerSection:
+        if self.share == "pause" and self.processes > 1:
+            raise ValueError(
+                f"trainer.share is 'pause' and trainer.processes {self.processes}; pauses are for "
+                "one process on the engine's machine: set one of them back"
+            )
+        return self
 
     @field_validator("metrics")
     @classmethod

@@ -39,7 +39,13 @@ from feedback.errors import (
 )
 from feedback.log import LogClosed
 from policy.chat import ChatFormatError
-from policy.engine import AdapterNotLoaded, AdapterRefused, EngineError, PromptTooLong
+from policy.engine import (
+    AdapterNotLoaded,
+    AdapterRefused,
+    CannotPause,
+    EngineError,
+    PromptTooLong,
+)
 from server.agents.calls import ClientFunctionRefused
 
 logger = logging.getLogger("hone.server")
@@ -135,6 +141,7 @@ def error_response(error: ApiError) -> JSONResponse:
 _KNOWN: Mapping[type[Exception], tuple[type[ApiError], str, str | None]] = {
     AdapterNotLoaded: (NotFound, "model_not_found", "model"),
     AdapterRefused: (NotFound, "model_not_found", "model"),
+    CannotPause: (Conflict, "engine_cannot_pause", None),
     PromptTooLong: (BadRequest, "context_length_exceeded", "messages"),
     EngineError: (Unavailable, "engine_unavailable", None),
     EpisodeExists: (Conflict, "episode_exists", "episode_id"),

@@ -44,7 +44,7 @@ from policy.releases import (
 from policy.types import AdapterRef, ProbeReport
 from server.background import cancel
 from server.errors import NotFound, Unavailable
-from server.residency import AdapterWatcher, NoRoom, Refusals, Residency
+from server.residency import AdapterWatcher, HeldOff, NoRoom, Refusals, Residency
 
 logger = logging.getLogger("hone.releases")
 
@@ -71,8 +71,11 @@ class ReleaseController:
         wakeup: Wakeup,
         poll_seconds: float = 0.2,
         watcher: AdapterWatcher | None = None,
+        held_off: HeldOff = contextlib.nullcontext,
     ) -> None:
-        self._residency = Residency(engine, registry, leases, slots=slots, watcher=watcher)
+        self._residency = Residency(
+            engine, registry, leases, slots=slots, watcher=watcher, held_off=held_off
+        )
         self._releases = releases
         self._leases = leases
         self._poll_seconds = poll_seconds
@@ -124,6 +127,12 @@ class ReleaseController:
         """The canary of a policy that can be routed to now."""
         canary = self._canaries.get(policy)
         return canary if canary and self._residency.is_routable(canary.ref) else None
+
+    @property
+    def in_traffic(self) -> tuple[AdapterRef, ...]:
+        """Versions that new episodes take now, base models left out."""
+        refs = {*self._live.values(), *(canary.ref for canary in self._canaries.values())}
+        return tuple(sorted(refs & self._residency.loaded))
 
     @property
     def policies(self) -> tuple[str, ...]:

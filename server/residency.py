@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from policy.engine import AdapterRefused, Engine
@@ -20,6 +21,9 @@ logger = logging.getLogger("hone.releases")
 
 PAUSE_SECONDS = 1.0
 """After the first refusal of a candidate; each one more doubles it."""
+
+
+HeldOff = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class AdapterWatcher(Protocol):
@@ -68,12 +72,15 @@ class Residency:
         *,
         slots: int,
         watcher: AdapterWatcher | None = None,
+        held_off: HeldOff = nullcontext,
     ) -> None:
+        """`held_off`: around what needs the engine, whose serving may be paused."""
         self._engine = engine
         self._registry = registry
         self._leases = leases
         self._slots = slots
         self._watcher = watcher
+        self._held_off = held_off
         self._kept: frozenset[AdapterRef] = frozenset()
         self._spare: frozenset[AdapterRef] = frozenset()
         self._unloading: set[AdapterRef] = set()
@@ -106,7 +113,8 @@ class Residency:
         adapter = await asyncio.to_thread(self._registry.verify, ref)
         if ref not in self._engine.loaded:
             await self._make_room()
-        return await self._engine.load(adapter)
+        async with self._held_off():
+            return await self._engine.load(adapter)
 
     def _tell_loaded(self, ref: AdapterRef, began: float, *, refused: bool) -> None:
         if self._watcher is not None:

@@ -23,6 +23,7 @@ from server.agents.run import Agent
 from server.agents.spec import learning_of
 from server.canary import CanaryDecider
 from server.errors import Unavailable
+from server.pauses import Pauses
 from server.plain_traffic import PlainTraffic
 from server.release_controller import ReleaseController
 from server.response_store import ResponseStore
@@ -51,6 +52,7 @@ class Services:
     releases: Releases
     leases: Leases
     controller: ReleaseController
+    pauses: Pauses
     decider: CanaryDecider
     shadow: Shadow
     routing: Routing

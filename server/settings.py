@@ -154,6 +154,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _only_our_own_engine_is_paused(self) -> Settings:
+        if self.trainer.share == "pause" and self.engine.kind == "remote":
+            raise ValueError(
+                "trainer.share is 'pause' and engine.kind 'remote'; a vLLM server elsewhere is not "
+                "ours to hold up: set trainer.share to 'beside'"
+            )
+        return self
+
     def shared_environment(self) -> dict[str, str]:
         """The effective sections that the trainer reads too, as the variables that say them."""
         shared = self.model_dump(mode="json", include={"model", "storage", "agents", "trainer"})

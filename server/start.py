@@ -36,7 +36,9 @@ from server.canary import CanaryDecider
 from server.instance import Heartbeat, new_name
 from server.judges.judge import Judge, read_api_key
 from server.judges.watch import JudgeWatch, Post
+from server.parity import Parity
 from server.parts import Parts
+from server.pauses import Pauses
 from server.plain_http import collect
 from server.plain_traffic import PlainTraffic
 from server.pruner import Pruner
@@ -95,6 +97,7 @@ async def start(
     )
     releases = Releases(store.database, on_change=lambda: wakeup.notify("releases"))
     leases = Leases()
+    pauses = Pauses(engine, settings.trainer, counted)
     controller = ReleaseController(
         engine,
         registry,
@@ -103,6 +106,7 @@ async def start(
         slots=settings.engine.max_loras,
         wakeup=wakeup,
         watcher=counted,
+        held_off=pauses.held_off,
     )
     shadow = Shadow(engine, chat, controller, leases, recorder=writer, specs=_shadowed(specs))
     log = WatchedLog(writer, Watchers([*watchers, shadow]), access.limits.note_tokens)
@@ -110,8 +114,8 @@ async def start(
         ledger = Ledger(store, releases, Watchers(watchers))
         await ledger.start()
         stack.push_async_callback(ledger.stop)
-    await controller.start()
-    stack.push_async_callback(controller.stop)
+    parity = Parity(engine, registry, controller, tolerance=settings.engine.probe_tolerance)
+    await _follow_releases(controller, pauses, parity, stack)
     stack.push_async_callback(shadow.stop)
 
     decider = CanaryDecider(releases, store, {s.policy: s.learning for s in specs.values()})
@@ -128,8 +132,12 @@ async def start(
         _run(part, stack)
 
     base_name = base.path.name if settings.model.path != "pocket" else "pocket"
-    agent_policies = {spec.name: spec.policy for spec in specs.values()}
-    routing = Routing(base_name, agent_policies, controller, owners(store.database))
+    routing = Routing(
+        base_name,
+        {spec.name: spec.policy for spec in specs.values()},
+        controller,
+        owners(store.database),
+    )
     plain = PlainTraffic(
         log, idle_seconds=settings.http.episode_idle_seconds, is_reply=SampledReply(chat.parse)
     )
@@ -160,6 +168,7 @@ async def start(
         releases=releases,
         leases=leases,
         controller=controller,
+        pauses=pauses,
         decider=decider,
         shadow=shadow,
         routing=routing,
@@ -188,6 +197,18 @@ def _run(part: _Runs, stack: AsyncExitStack) -> None:
     """Have it work until the server stops."""
     part.start()
     stack.push_async_callback(part.stop)
+
+
+async def _follow_releases(
+    controller: ReleaseController, pauses: Pauses, parity: Parity, stack: AsyncExitStack
+) -> None:
+    """Have traffic follow the releases, and pause for the trainer where it may ask for that."""
+    await controller.start()
+    stack.push_async_callback(controller.stop)
+    if pauses.enabled:
+        await parity.remember()
+        pauses.start(parity.prove)
+        stack.push_async_callback(pauses.stop)
 
 
 def _open_access(

@@ -25,7 +25,7 @@ class Needs:
     generates: bool = False
     """It has the engine generate, which counts as tokens and as work at the same time."""
     of_operator: bool = False
-    """It tells of all tenants."""
+    """It concerns all tenants."""
 
     def check(self, caller: Caller) -> None:
         """Raise Forbidden unless the caller may."""
@@ -37,7 +37,7 @@ class Needs:
         caller.check(*self.any_of)
         if self.of_operator and not caller.is_operator:
             raise Forbidden(
-                "this tells of every tenant; it takes an admin key of the tenant 'default'",
+                "this concerns every tenant; it takes an admin key of the tenant 'default'",
                 code="operator_only",
             )
 
@@ -101,6 +101,7 @@ NEEDS: Mapping[str, Needs] = {
     "POST /v1/policies/{policy}/promote": ADMIN,
     "POST /v1/policies/{policy}/pin": ADMIN,
     "GET /v1/training": READS,
+    "POST /v1/training/pauses": Needs(("admin",), of_operator=True),
     "GET /v1/keys": ADMIN,
     "POST /v1/keys": ADMIN,
     "POST /v1/keys/{key_id}/revoke": ADMIN,

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -102,6 +102,7 @@ async def _serve(
         # every request for half a second.
         gc.collect()
         gc.freeze()
+        server.before_drain = services.pauses.stop
         await server.serve(sockets=[listener])
 
 
@@ -109,7 +110,12 @@ class _Server(uvicorn.Server):
     """uvicorn, without its habits of raising the signal again once it has stopped, and of leaving
     the requests that it cancelled to themselves."""
 
+    before_drain: Callable[[], Awaitable[None]] | None = None
+    """Requests under way must be able to end."""
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.before_drain is not None:
+            await self.before_drain()
         await super().shutdown(sockets)
         # They still write how they ended, to parts that are stopped next.
         if cancelled := set(self.server_state.tasks):

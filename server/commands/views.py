@@ -39,6 +39,7 @@ def status_view(training: Json, policies: Sequence[Json], url_models: Sequence[J
     return Group(
         Text(f"models   {names}"),
         Text(f"trainer  {_trainer(trainer)}"),
+        *_pauses(training["pauses"]),
         *(_training_panel(policy) for policy in training["policies"]),
         *(Text(f"policy {p['id']}: {p['live']}") for p in policies),
     )
@@ -218,6 +219,19 @@ def _trainer(trainer: Json) -> str:
     if trainer["alive"]:
         return f"running (process {trainer['pid']}, {trainer['restarts']} restarts)"
     return f"down (last exit status {trainer['last_exit']}); it is started again"
+
+
+def _pauses(pauses: Json) -> list[Text]:
+    """Nothing where serving is never paused."""
+    if not pauses["enabled"]:
+        return []
+    now = "paused now" if pauses["paused"] else f"{pauses['count']} so far"
+    text = (
+        f"pauses   {now}, {pauses['seconds']:.1f} s in all, longest {pauses['longest_seconds']:.2f}"
+    )
+    if pauses["fault"]:
+        return [Text(text), Text(f"         none any more: {pauses['fault']}", style="red")]
+    return [Text(text)]
 
 
 def _table(*columns: str) -> Table:

@@ -30,6 +30,11 @@ async def readyz(request: Request) -> dict[str, str]:
             "the engine is gone; restart the server, or the remote engine",
             code="engine_unavailable",
         )
+    if services.pauses.fault is not None:
+        raise Unavailable(
+            "the engine does not answer as it did before its last pause; restart the server",
+            code="parity_lost",
+        )
     try:
         await asyncio.to_thread(services.releases.policies)
     except Exception as error:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from feedback.finite import finite
 from feedback.training import Readiness
 from policy.releases import Canary, ReleaseState
 from server.access.caller import CallerOf
+from server.errors import Conflict, TooManyRequests, Unavailable
+from server.pauses import Pause, Pauses
+from server.refusals import refusals
 from server.services import Services, ServicesOf
 
 router = APIRouter(prefix="/v1/training", tags=["training"])
 
 RUNS_SHOWN = 10
+_LINES = "application/jsonl"
+_PAUSE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One JSON object a line, of which there are two.", "content": {_LINES: {}}}
+}
 
 
 @router.get("")
@@ -24,7 +35,61 @@ async def get_training(services: ServicesOf, caller: CallerOf) -> dict[str, Any]
     """The trainer process, and for each policy its counts, its next trigger and its last runs."""
     policies = {agent.spec.policy for agent in services.agents_of(caller.tenant).values()}
     data = [await asyncio.to_thread(_policy, policy, services) for policy in sorted(policies)]
-    return {"object": "training", "trainer": _trainer(services), "policies": data}
+    return {
+        "object": "training",
+        "trainer": _trainer(services),
+        "pauses": _pauses(services.pauses),
+        "policies": data,
+    }
+
+
+@router.post(
+    "/pauses",
+    response_class=StreamingResponse,
+    responses=_PAUSE | refusals(Conflict, TooManyRequests, Unavailable),
+)
+async def hold_pause(services: ServicesOf) -> Response:
+    """Pause serving for as long as the answer is read: requests under way stop between two tokens,
+    new ones queue, none fails.
+
+    Two lines of JSON: the first when serving stands still, with the `seconds` that are left of
+    `trainer.pause_seconds`; the last when it goes on, with the reason. Closing the connection ends
+    the pause. It is refused until serving has gone on for `trainer.serve_seconds`, and for good
+    once the engine failed its proof after a pause.
+    """
+    return _HeldPause(await services.pauses.begin())
+
+
+class _HeldPause(StreamingResponse):
+    """An answer that lasts as long as the pause, and the pause as long as it."""
+
+    def __init__(self, pause: Pause) -> None:
+        super().__init__(_lines(pause), media_type=_LINES)
+        self._pause = pause
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._pause.end("released")
+
+
+async def _lines(pause: Pause) -> AsyncIterator[str]:
+    def line(**more: Any) -> str:
+        return json.dumps({"object": "training.pause", **more}) + "\n"
+
+    yield line(state="paused", seconds=pause.left)
+    await pause.over.wait()
+    yield line(state="over", ended=pause.ended)
+
+
+def _pauses(pauses: Pauses) -> dict[str, Any]:
+    return {
+        "enabled": pauses.enabled,
+        "paused": pauses.paused,
+        "fault": pauses.fault,
+        **dataclasses.asdict(pauses.figures),
+    }
 
 
 def _trainer(services: Services) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from feedback.training import TrainingRun
 from feedback.types import Episode, FeedbackEvent, Turn
 from policy.releases import ReleaseEvent
 from policy.types import AdapterRef
+from server.pauses import Ended, Proof
 from server.tools.breaker import Breaker
 from server.tools.names import unique
 
@@ -100,6 +101,13 @@ class Metrics:
             "hone_http_request_seconds", "To the end of the answer.", "route", "method"
         )
 
+        self._pause_seconds = self._histogram(
+            "hone_serving_pause_seconds", "How long serving stood still for the trainer.", "ended"
+        )
+        self._wake_proofs = self._counter(
+            "hone_wake_proofs", "Proofs of the engine after a pause.", "outcome"
+        )
+
         self._limit_fallbacks = self._counter(
             "hone_limit_fallbacks", "Counts for limits that Redis missed."
         )
@@ -177,6 +185,14 @@ class Metrics:
     def swapped(self, ref: AdapterRef, seconds: float) -> None:
         self._swaps.labels(ref.policy).inc()
         self._swap_seconds.labels(ref.policy).observe(seconds)
+
+    # server.pauses.PauseWatcher
+
+    def paused(self, seconds: float, ended: Ended) -> None:
+        self._pause_seconds.labels(ended).observe(seconds)
+
+    def woken(self, proof: Proof) -> None:
+        self._wake_proofs.labels(proof).inc()
 
     # server.telemetry.http
 

@@ -46,6 +46,7 @@ class Readings(Collector):
         yield self._resident()
         yield from self._training()
         yield from self._trainer()
+        yield from self._pauses()
 
     def _live(self) -> Metric:
         live = GaugeMetricFamily(
@@ -109,3 +110,16 @@ class Readings(Collector):
         yield CounterMetricFamily(
             "hone_trainer_restarts", "How often it was started again.", value=state.restarts
         )
+
+    def _pauses(self) -> Iterator[Metric]:
+        pauses = self._services.pauses
+        if not pauses.enabled:
+            return
+        yield GaugeMetricFamily(
+            "hone_serving_paused", "Whether serving stands still for the trainer.",
+            value=pauses.paused,
+        )  # fmt: skip
+        yield GaugeMetricFamily(
+            "hone_serving_longest_pause_seconds", "The longest pause so far.",
+            value=pauses.figures.longest_seconds,
+        )  # fmt: skip

@@ -1,4 +1,5 @@
-"""One scripted server for a test, and one for a module where state does not matter."""
+"""One scripted server for a test, and one for a module where state does not matter; and a tiny
+model for the real engine."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.house import House, running, scripted_parts, settings_in, write_agent
+from tests.server.house import House, byte_chat, running, scripted_parts, settings_in, write_agent
 
 
 @pytest.fixture
@@ -25,3 +26,28 @@ def shared_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     write_agent(folder)
     with running(settings_in(folder), scripted_parts(folder)) as house:
         yield house
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model with the byte tokenizer of the scripted tests."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("live") / "tiny"
+    tokenizer = byte_chat()._tokenizer
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    return folder

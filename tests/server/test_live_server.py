@@ -69,31 +69,6 @@ class Live:
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model with the byte tokenizer of the scripted tests."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("live") / "tiny"
-    tokenizer = byte_chat()._tokenizer
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).float().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def orders_url() -> Iterator[str]:
     """A real service with an OpenAPI document."""
     service = FastAPI()

@@ -129,3 +129,18 @@ def test_a_gpu_is_not_given_away_twice() -> None:
     load_settings({**on_gpu, "engine.gpu_memory_utilization": 0.6})
     load_settings({"trainer.device": "cuda:1"})
     load_settings({**on_gpu, "trainer.enabled": False})
+
+
+def test_pauses_are_for_one_process_beside_our_own_engine() -> None:
+    pausing = {"trainer.share": "pause"}
+    load_settings({**pausing, "trainer.pause_seconds": 10, "trainer.serve_seconds": 0.1})
+    for wrong, match in (
+        ({"engine.kind": "remote", "engine.url": "http://gpu:8000"}, "not ours to hold up"),
+        ({"trainer.processes": 2}, "pauses are for one process"),
+        ({"trainer.pause_seconds": 10.5}, "less than or equal to 10"),
+        ({"trainer.pause_seconds": 0}, r"greater than or equal to 0\.1"),
+        ({"trainer.serve_seconds": 0}, r"greater than or equal to 0\.1"),
+        ({"trainer.share": "sometimes"}, "'beside' or 'pause'"),
+    ):
+        with pytest.raises(ValidationError, match=match):
+            load_settings({**pausing, **wrong})

@@ -330,6 +330,10 @@ def training(street: Street) -> None:
     hidden(street.bolt.http.get("/v1/training"))
 
 
+def pause(street: Street) -> None:
+    refused(street.bolt.http.post("/v1/training/pauses"), "operator_only")
+
+
 def keys(street: Street) -> None:
     hidden(street.bolt.http.get("/v1/keys"))
     refused(street.bolt.http.get("/v1/keys", params={"tenant": "acme"}), "foreign_tenant")
@@ -407,6 +411,7 @@ TRIED: dict[str, Callable[[Street], None]] = {
     "POST /v1/policies/{policy}/promote": lambda street: changes(street, "promote"),
     "POST /v1/policies/{policy}/pin": lambda street: changes(street, "pin"),
     "GET /v1/training": training,
+    "POST /v1/training/pauses": pause,
     "GET /v1/keys": keys,
     "POST /v1/keys": new_key,
     "POST /v1/keys/{key_id}/revoke": revoke,
