@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from feedback.settings import TrainerSection
 from feedback.spec import LearningSpec
 from feedback.store import Store
 from feedback.wakeup import open_wakeup
@@ -33,6 +34,7 @@ from trainer.orders import follow
 from trainer.progress import log_to_stderr, logger
 from trainer.ranks import ALONE, Ranks, joined
 from trainer.settings import TrainerSettings, load_specs
+from trainer.sharing import BESIDE, InPauses, ServerPauses, Sharing
 from trainer.sinks import Shown, open_sink
 from trainer.stop import Stop
 from trainer.train import Trainer
@@ -78,6 +80,7 @@ def build(
         wakeup=wakeup,
         encode=_encoder(base.path),
         ranks=ranks,
+        sharing=_sharing(section, ranks),
         show=show,
     )
 
@@ -91,6 +94,22 @@ def _model(base: Path, settings: TrainerSettings) -> LoraModel:
     return LoraModel(
         base, device=section.device, dtype=settings.model.dtype, borrow=section.borrow_base
     )
+
+
+def _sharing(section: TrainerSection, ranks: Ranks) -> Sharing:
+    if section.share == "beside":
+        return BESIDE
+    if ranks.count > 1:
+        logger.warning("trainer.share is 'pause', which is for one process: training beside")
+        return BESIDE
+    key = os.environ.get("HONE_HTTP__API_KEY")
+    ask = ServerPauses(section.base_url, key, longest_seconds=section.pause_seconds)
+
+    def settle() -> None:
+        if section.device.startswith("cuda"):
+            torch.cuda.synchronize(section.device)
+
+    return InPauses(ask, serve_seconds=section.serve_seconds, settle=settle)
 
 
 def _encoder(base: Path) -> Encode:

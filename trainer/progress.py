@@ -95,13 +95,18 @@ class Heartbeat:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, figures: Mapping[str, float]) -> None:
-        self._stop.check()
         shown = f"loss {figures['loss']:.4f}  kl {figures['kl']:.5f}"
         self._bar.update(self._task, completed=done, total=total, shown=shown)
+        if self.beat():
+            self._store.update_run(
+                self._claim, "training", {**figures, "tokens_done": done, "tokens_total": total}
+            )
+
+    def beat(self) -> bool:
+        """Notice a stop, and renew the lease if it is time to; returns whether it was."""
+        self._stop.check()
         if time.monotonic() - self._reported_at < self._period:
-            return
+            return False
         self._reported_at = time.monotonic()
         self._store.renew(self._claim, lease_seconds=self._lease_seconds)
-        self._store.update_run(
-            self._claim, "training", {**figures, "tokens_done": done, "tokens_total": total}
-        )
+        return True

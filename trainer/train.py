@@ -53,6 +53,7 @@ from trainer.prepass import look
 from trainer.progress import Heartbeat, logger
 from trainer.ranks import ALONE, Ranks
 from trainer.samples import sampled_by
+from trainer.sharing import BESIDE, Sharing, in_turn
 from trainer.sinks import Points, Steps
 from trainer.stop import Stop, Stopped
 
@@ -91,6 +92,7 @@ class Trainer:
         wakeup: Wakeup,
         encode: Encode,
         ranks: Ranks = ALONE,
+        sharing: Sharing = BESIDE,
         show: Callable[[str, str, Points], None] | None = None,
     ) -> None:
         self._store = store
@@ -105,6 +107,7 @@ class Trainer:
         self._wakeup = wakeup
         self._encode = encode
         self._ranks = ranks
+        self._sharing = sharing
         self._show = show
         self._judging = Judging(
             releases, registry, checkpoints, gate, budget=budget, backoff=self._backoff, stop=stop
@@ -234,12 +237,15 @@ class Trainer:
             before.optimizer if before else None, before.critic if before else None,
         )  # fmt: skip
         self._ranks.tell(order)
-        with Heartbeat(
-            self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
-        ) as heartbeat:
+        with (
+            Heartbeat(
+                self._store, claim, self._stop, lease_seconds=self._settings.lease_seconds
+            ) as heartbeat,
+            self._sharing.update(heartbeat.beat) as turn,
+        ):
             steps = Steps(heartbeat)
-            done = carry_out(order, self._model, self._ranks, on_progress=steps)
-        figures = done.figures | engine
+            done = carry_out(order, self._model, self._ranks, on_progress=in_turn(steps, turn))
+        figures = done.figures | engine | turn.figures
         job.baseline.commit((item.episode.task_key, item.reward) for item in claim.episodes)
         adapter = self._publish_folder(live, _probe(self._model, job.samples), figures)
         return Trained(

@@ -26,15 +26,19 @@ in_one_loop = pytest.mark.asyncio(loop_scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The demo's processes; the agent is the demo's, but trains on a handful of episodes."""
     folder = tmp_path_factory.mktemp("loop")
+    with Stack(folder, settings=small_agent(folder)) as stack:
+        stack.wait_hone()
+        yield stack
+
+
+def small_agent(folder: Path) -> dict[str, str]:
+    """Writes the agent; returns the settings that name it."""
     agent: dict[str, Any] = yaml.safe_load((AGENTS / "desk.yaml").read_text())
     agent["training"] |= {"min_episodes": 48, "max_episodes": 64}
     agent["training"]["gate"] |= {"heldout_tasks": 8, "margin": 1.0}
     (folder / "agents").mkdir()
     (folder / "agents" / "desk.yaml").write_text(yaml.safe_dump(agent))
-    settings = {"HONE_AGENTS": str(folder / "agents"), "HONE_TRAINER__POLL_SECONDS": "0.2"}
-    with Stack(folder, settings=settings) as stack:
-        stack.wait_hone()
-        yield stack
+    return {"HONE_AGENTS": str(folder / "agents"), "HONE_TRAINER__POLL_SECONDS": "0.2"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
