@@ -1,11 +1,13 @@
 """What training costs serving on one machine, and serving training, by the trainer's niceness.
 
-    python -m benchmarks.serve_while_training [--levels 0 10 19] [--customers 4]
+    python -m benchmarks.serve_while_training [--levels 0 10 19] [--customers 4] [--pauses 1.0]
 
 `hone serve` on the pocket policy answers a few customers; beside it a trainer's process runs one
 update after another on synthetic episodes, with one thread and the niceness of `trainer.nice`. Each
 round has all cases in turn: serving alone, each trainer alone, serving beside each trainer. Medians
-over rounds of the requests' p50 and p99, and of trained tokens by the second.
+over rounds of the requests' p50 and p99, and of trained tokens by the second. With `--pauses`
+another trainer, of niceness 0, computes in pauses of serving of so many seconds, with as long in
+between.
 """
 
 from __future__ import annotations
@@ -47,12 +49,13 @@ class Served:
 
 
 class Worker:
-    """A trainer's process of one niceness, which trains when it is told to."""
+    """A trainer's process of one niceness, which trains when it is told to; in pauses of the server
+    at `url` if one is given."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, url: str | None = None, pause: float = 0.0) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=train, args=(theirs, level), daemon=True)
+        self._process = context.Process(target=train, args=(theirs, level, url, pause), daemon=True)
         self._process.start()
         self._ours.recv()
 
@@ -68,13 +71,14 @@ class Worker:
         self._process.join()
 
 
-def train(orders: Connection, level: int) -> None:
+def train(orders: Connection, level: int, url: str | None, pause: float) -> None:
     import torch  # noqa: PLC0415 - not in the process of the customers
 
     from benchmarks import update as synthetic  # noqa: PLC0415 - as above
     from trainer.algorithms.loop import Loop  # noqa: PLC0415 - as above
     from trainer.learner import new_optimizer, update  # noqa: PLC0415 - as above
     from trainer.model import LoraModel  # noqa: PLC0415 - as above
+    from trainer.sharing import BESIDE, InPauses, ServerPauses, in_turn  # noqa: PLC0415 - as above
 
     os.nice(level)
     torch.set_num_threads(1)
@@ -84,12 +88,19 @@ def train(orders: Connection, level: int) -> None:
     # What the pocket policy says of random tokens is nothing like what was logged.
     spec = synthetic.SPEC.model_copy(update={"max_engine_gap": 1e3, "kl_stop": 1e3})
 
+    sharing = BESIDE
+    if url is not None:
+        ask = ServerPauses(url, None, longest_seconds=pause)
+        sharing = InPauses(ask, serve_seconds=pause, settle=lambda: None)
+
     def tokens_of_one_update() -> float:
         model.attach(rank=16, alpha=32, seed=0, start=None)
-        figures = update(
-            model, new_optimizer(model, spec.learning_rate, None), samples, spec,
-            Loop(0.1, 0.1, 2.0), seed=0, token_budget=1024, on_progress=synthetic.ignore,
-        )  # fmt: skip
+        with sharing.update(lambda: None) as turn:
+            figures = update(
+                model, new_optimizer(model, spec.learning_rate, None), samples, spec,
+                Loop(0.1, 0.1, 2.0), seed=0, token_budget=1024,
+                on_progress=in_turn(synthetic.ignore, turn),
+            )  # fmt: skip
         return figures["tokens_per_second"] * figures["seconds"]
 
     tokens_of_one_update()  # to warm up
@@ -124,24 +135,39 @@ async def serve(server: Server, customers: int, pause: float, seconds: float) ->
 
 
 def compare(
-    levels: Sequence[int], rounds: int, seconds: float, *, customers: int, pause: float
+    levels: Sequence[int],
+    rounds: int,
+    seconds: float,
+    *,
+    customers: int,
+    pause: float,
+    pauses: float | None,
 ) -> None:
     def busy(length: float) -> Served:
         return asyncio.run(serve(server, customers, pause, length))
 
     served: dict[str, list[Served]] = defaultdict(list)
     trained: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as name, hone(Path(name)) as server:
-        workers = {level: Worker(level) for level in levels}
+    shared: dict[str, object] = {}
+    if pauses is not None:
+        shared = {
+            "trainer.share": "pause",
+            "trainer.pause_seconds": pauses,
+            "trainer.serve_seconds": pauses,
+        }
+    with tempfile.TemporaryDirectory() as name, hone(Path(name), more=shared) as server:
+        workers = {f"nice {level}": Worker(level) for level in levels}
+        if pauses is not None:
+            workers[f"in pauses of {pauses:g} s"] = Worker(0, server.url, pauses)
         busy(2.0)  # to warm up
         for _ in range(rounds):
             served["trainer idle"].append(busy(seconds))
-            for level, worker in workers.items():
+            for case, worker in workers.items():
                 worker.begin(seconds)
-                trained[f"nice {level}, serving idle"].append(worker.tokens_per_second())
+                trained[f"{case}, serving idle"].append(worker.tokens_per_second())
                 worker.begin(seconds)
-                served[f"nice {level}"].append(busy(seconds))
-                trained[f"nice {level}, serving busy"].append(worker.tokens_per_second())
+                served[case].append(busy(seconds))
+                trained[f"{case}, serving busy"].append(worker.tokens_per_second())
         for worker in workers.values():
             worker.end()
     for case, each in served.items():
@@ -160,11 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--customers", type=int, default=4)
-    parser.add_argument("--pause", type=float, default=0.05)
+    parser.add_argument("--pause", type=float, default=0.05, help="of a customer, seconds")
+    parser.add_argument("--pauses", type=float, help="of serving, seconds")
     options = parser.parse_args(arguments)
     compare(
         options.levels, options.rounds, options.seconds,
-        customers=options.customers, pause=options.pause,
+        customers=options.customers, pause=options.pause, pauses=options.pauses,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,8 +117,13 @@ class Publisher:
 
 
 @contextmanager
-def hone(folder: Path, database: str | None = None) -> Iterator[Server]:
-    """`hone serve` without a trainer; its record is in `folder` unless it is told otherwise."""
+def hone(
+    folder: Path, database: str | None = None, more: Mapping[str, object] | None = None
+) -> Iterator[Server]:
+    """`hone serve` without a trainer; its record is in `folder` unless it is told otherwise.
+
+    `more` are further settings.
+    """
     agents = folder / "agents"
     agents.mkdir(parents=True)
     (agents / f"{POLICY}.yaml").write_text(f"name: {POLICY}\n", encoding="utf-8")
@@ -127,6 +132,7 @@ def hone(folder: Path, database: str | None = None) -> Iterator[Server]:
         "agents": agents,
         "storage.database": database or f"sqlite:///{folder / 'hone.db'}",
         "model.adapters": folder / "adapters",
+        **(more or {}),
     }
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--no-trainer"]
     for key, value in settings.items():

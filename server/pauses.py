@@ -9,11 +9,11 @@ the engine has to prove after each one is given (`server.parity`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("hone.pauses")
 PATIENCE_SECONDS = 1.0
 """How long somebody who asks for a pause waits for its turn before it is told to come back."""
 _LOOK_SECONDS = 0.02
+STOP_SECONDS = 5.0
 AGAIN_SECONDS = 1.0
 """Until a proof that could not be had is asked for again."""
 
@@ -126,7 +127,9 @@ class Pauses:
         self._prove = None
         if self._pause is not None:
             self._pause.end("stopped")
-            await self._pause.over.wait()
+            # Not for ever: an engine that does not answer is ended by who stops it.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pause.over.wait(), STOP_SECONDS)
         if self._task is not None:
             await cancel(self._task)
             self._task = None
@@ -146,7 +149,7 @@ class Pauses:
             raise pause.error
         return pause
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def held_off(self) -> AsyncIterator[None]:
         """A block that needs the engine: ends a pause under way, and none begins meanwhile."""
         self._needed += 1
@@ -169,10 +172,11 @@ class Pauses:
             if wait <= 0:
                 return
             if now + wait > patience:
+                seconds = math.ceil(wait)
                 raise TooManyRequests(
-                    f"serving has to go on for {wait:.1f} s before it is paused again",
+                    f"serving goes on for now, or is paused for somebody else; ask in {seconds} s",
                     code="pause_too_soon",
-                    headers={"retry-after": str(math.ceil(wait))},
+                    headers={"retry-after": str(seconds)},
                 )
             await asyncio.sleep(wait)
 
@@ -224,10 +228,10 @@ class Pauses:
         seconds = time.monotonic() - began
         self._pause = None
         self._next_at = time.monotonic() + self._settings.serve_seconds
-        if not isinstance(pause.error, CannotPause):
-            self._publish(pause, seconds)
         pause.over.set()
         pause.began.set()
+        if not isinstance(pause.error, CannotPause):
+            self._publish(pause, seconds)
 
     def _publish(self, pause: Pause, seconds: float) -> None:
         figures, ended = self.figures, pause.ended or "stopped"

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from feedback.finite import finite
 from feedback.training import Readiness
 from policy.releases import Canary, ReleaseState
-from server.access.caller import CallerOf
+from server.access.caller import Caller, CallerOf
 from server.errors import Conflict, TooManyRequests, Unavailable
 from server.pauses import Pause, Pauses
 from server.refusals import refusals
@@ -38,7 +38,7 @@ async def get_training(services: ServicesOf, caller: CallerOf) -> dict[str, Any]
     return {
         "object": "training",
         "trainer": _trainer(services),
-        "pauses": _pauses(services.pauses),
+        "pauses": _pauses(services.pauses, caller),
         "policies": data,
     }
 
@@ -83,11 +83,14 @@ async def _lines(pause: Pause) -> AsyncIterator[str]:
     yield line(state="over", ended=pause.ended)
 
 
-def _pauses(pauses: Pauses) -> dict[str, Any]:
+def _pauses(pauses: Pauses, caller: Caller) -> dict[str, Any]:
+    fault = pauses.fault
+    if fault is not None and not caller.is_operator:
+        fault = "the engine failed its proof after a pause"  # The whole names others' versions.
     return {
         "enabled": pauses.enabled,
         "paused": pauses.paused,
-        "fault": pauses.fault,
+        "fault": fault,
         **dataclasses.asdict(pauses.figures),
     }
 

@@ -311,6 +311,23 @@ async def test_a_stop_ends_a_pause_and_grants_no_more() -> None:
     await pauses.stop()
 
 
+class Stuck(ScriptedEngine):
+    """Never says that it goes on."""
+
+    async def resume(self) -> None:
+        await asyncio.sleep(60)
+
+
+async def test_a_stop_does_not_wait_for_ever_for_an_engine_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.pauses, "STOP_SECONDS", 0.1)
+    pauses = pauses_of(Stuck(lambda *_: [1], str, eos_id=0))
+    await pauses.begin()
+    async with asyncio.timeout(1):
+        await pauses.stop()
+
+
 async def test_an_engine_that_dies_in_a_pause_holds_nobody_up() -> None:
     engine = ScriptedEngine(lambda *_: [1], str, eos_id=0)
     pauses = pauses_of(engine)

@@ -327,7 +327,15 @@ def changes(street: Street, change: str) -> None:
 
 
 def training(street: Street) -> None:
+    pauses = street.house.services.pauses
     hidden(street.bolt.http.get("/v1/training"))
+    pauses.fault = "acme-desk@v1 answers its probe 0.7 nats away"
+    try:
+        hidden(street.bolt.http.get("/v1/training"))
+        told = client_of(street.house, OPERATOR).get("/v1/training").json()["pauses"]["fault"]
+        assert told == pauses.fault
+    finally:
+        pauses.fault = None
 
 
 def pause(street: Street) -> None:
