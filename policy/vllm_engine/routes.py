@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
@@ -23,6 +26,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -129,6 +133,12 @@ def openai_app(client: AsyncLLM, models: OpenAIServingModels, tool_parser: str |
         chat_template_content_format="auto",
         **tools,
     )
+    for path, handler in (
+        ("/v1/chat/completions", chat_router.create_chat_completion),
+        ("/v1/completions", completion_router.create_completion),
+    ):
+        checks = [Depends(validate_json_request)]
+        app.post(path, dependencies=checks)(_streams_watch_themselves(handler))
     for router in (chat_router, completion_router, responses_router, models_router):
         router.attach_router(app)
     init_exception_handler(app)
@@ -136,6 +146,21 @@ def openai_app(client: AsyncLLM, models: OpenAIServingModels, tool_parser: str |
     app.add_exception_handler(EngineDeadError, _engine_failed)
     app.add_exception_handler(EngineGenerateError, _engine_failed)
     return app
+
+
+def _streams_watch_themselves(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's handler; for streams without its `with_cancellation`.
+
+    That watches for a client that hangs up, in two tasks, as the response of a stream does anyway.
+    In a busy event loop they take as long as the whole way to the engine.
+    """
+
+    @functools.wraps(handler)
+    async def route(request: Any, raw_request: Request) -> Any:
+        inner = inspect.unwrap(handler) if request.stream else handler
+        return await inner(request, raw_request)
+
+    return route
 
 
 async def _engine_failed(_: Request, error: Exception) -> JSONResponse:
