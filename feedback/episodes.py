@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Row, and_, bindparam, insert, or_, select, update
@@ -232,9 +233,10 @@ def end(connection: Connection, endings: Sequence[Ending], owner: str | None = N
         _check_runs(known.get(ending.episode_id), ending.episode_id, owner)
     if len(known) < len(endings):
         raise EpisodeEnded("an episode can be ended once; one of these is there twice")
+    # In the order in which `feedback.locks` has everybody take items.
     values = [
         {"id_": each.episode_id, "stop_reason_": each.stop_reason, "ended_at_": each.ended_at}
-        for each in endings
+        for each in sorted(endings, key=attrgetter("episode_id"))
     ]
     connection.execute(_END_EPISODE, values)
     connection.execute(_END_ITEM, values)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from anyio import CancelScope
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.openai.chat_completion import api_router as chat_router
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion import api_router as completion_router
@@ -138,7 +141,7 @@ def openai_app(client: AsyncLLM, models: OpenAIServingModels, tool_parser: str |
         ("/v1/completions", completion_router.create_completion),
     ):
         checks = [Depends(validate_json_request)]
-        app.post(path, dependencies=checks)(_streams_watch_themselves(handler))
+        app.post(path, dependencies=checks)(_begun_at_once(handler))
     for router in (chat_router, completion_router, responses_router, models_router):
         router.attach_router(app)
     init_exception_handler(app)
@@ -148,19 +151,46 @@ def openai_app(client: AsyncLLM, models: OpenAIServingModels, tool_parser: str |
     return app
 
 
-def _streams_watch_themselves(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's handler; for streams without its `with_cancellation`.
+def _begun_at_once(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's handler, whose streams reach the engine without waiting for a turn of the event loop.
 
-    That watches for a client that hangs up, in two tasks, as the response of a stream does anyway.
-    In a busy event loop they take as long as the whole way to the engine.
+    Its `with_cancellation` watches for a client that hangs up, in two tasks, as the response of a
+    stream does anyway: for streams it is left out.
     """
 
     @functools.wraps(handler)
     async def route(request: Any, raw_request: Request) -> Any:
-        inner = inspect.unwrap(handler) if request.stream else handler
-        return await inner(request, raw_request)
+        if not request.stream:
+            return await handler(request, raw_request)
+        answer = await inspect.unwrap(handler)(request, raw_request)
+        return _Stream.of(answer) if type(answer) is StreamingResponse else answer
 
     return route
+
+
+class _Stream(StreamingResponse):
+    """A stream that begins in the task that answers; Starlette's begins in one of its own, later.
+    The client is watched for in the other."""
+
+    @classmethod
+    def of(cls, answer: StreamingResponse) -> _Stream:
+        stream = cls(answer.body_iterator, answer.status_code, background=answer.background)
+        stream.raw_headers = answer.raw_headers
+        return stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with CancelScope() as stream:
+            watch = asyncio.create_task(self._end_with_client(receive, stream))
+            try:
+                await self.stream_response(send)
+            finally:
+                watch.cancel()
+        if self.background is not None:
+            await self.background()
+
+    async def _end_with_client(self, receive: Receive, stream: CancelScope) -> None:
+        await self.listen_for_disconnect(receive)
+        stream.cancel()
 
 
 async def _engine_failed(_: Request, error: Exception) -> JSONResponse:
