@@ -25,6 +25,7 @@ from policy.types import Probe
 from trainer.base_weights import load_base
 from trainer.batch import Microbatch
 from trainer.frozen import combination
+from trainer.lora_product import fuse
 from trainer.shared_attention import IMPLEMENTATION, can_share
 
 HEAD_ELEMENTS = 2**23
@@ -119,6 +120,7 @@ class LoraModel:
                 "it is: its gradient is not computed; train one on the linear layers below"
             )
         self._peft.eval()
+        fuse(self._peft)
 
     def detach(self) -> None:
         """Take the adapter off again; the base weights were never touched."""
