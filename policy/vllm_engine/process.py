@@ -16,6 +16,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from policy.collection import collect_rarely
 from policy.punica_math import Group, add_lora_, expand_, group_rows, shrink_
 
 
@@ -77,6 +78,7 @@ class TiedExecutor(UniProcExecutor):
             qualified_name = f"{GroupedPunica.__module__}.{GroupedPunica.__qualname__}"
             current_platform.get_punica_wrapper = lambda: qualified_name
         super()._init_executor()
+        collect_rarely()
 
 
 def die_with_parent() -> None:

@@ -6,8 +6,7 @@ turn in a busy event loop: more than ten times as long as the work takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.renderers.base import BaseRenderer
@@ -32,25 +31,28 @@ def render_small_chats_at_once(renderer: BaseRenderer[Any]) -> None:
 
 
 def is_small(value: object) -> bool:
-    """Whether nested lists and mappings hold few characters, and no image, sound or video."""
-    return all(total <= SMALL for total in accumulate(_lengths(value)))
+    """Whether nested lists and mappings hold few characters, and no image, sound or video.
 
-
-def _lengths(value: object) -> Iterator[int]:
-    """Of each text. What is no text counts as one; parts of a message that are none, as too much.
-
-    vLLM fetches what such a part names, which must not hold up the event loop.
+    vLLM fetches what a part of a message names, which must not hold up the event loop.
     """
-    if isinstance(value, str):
-        yield len(value)
-    elif isinstance(value, dict):
-        if isinstance(value.get("content"), list):
-            kinds = {part.get("type") for part in value["content"] if isinstance(part, dict)}
-            yield 0 if kinds <= {"text"} else SMALL + 1
-        for item in value.values():
-            yield from _lengths(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _lengths(item)
-    else:
-        yield 1
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            if not _is_text(item.get("content")):
+                return False
+            left += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            left += item
+        else:
+            count += len(item) if isinstance(item, str) else 1
+        if count + len(left) > SMALL:
+            return False
+    return True
+
+
+def _is_text(content: object) -> bool:
+    """Of a message; what is no list of parts is no part that would have to be fetched."""
+    if not isinstance(content, list):
+        return True
+    return all(isinstance(part, dict) and part.get("type") == "text" for part in content)

@@ -23,6 +23,7 @@ from feedback.errors import RecordUnavailable
 from feedback.webhooks.spec import WebhookFileError
 from policy.base_model import BaseModelError
 from policy.chat import ChatFormatError
+from policy.collection import collect_rarely
 from policy.engine import EngineError
 from policy.ownership import PolicyOwned
 from policy.registry import RegistryError
@@ -102,6 +103,7 @@ async def _serve(
         # every request for half a second.
         gc.collect()
         gc.freeze()
+        collect_rarely()
         server.before_drain = services.pauses.stop
         await server.serve(sockets=[listener])
 

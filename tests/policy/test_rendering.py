@@ -95,3 +95,10 @@ async def test_a_chat_that_is_refused_is_refused_alike(
 )
 def test_what_is_large_or_no_text_is_not_rendered_in_the_event_loop(chat: list[Any]) -> None:
     assert not is_small(chat)
+
+
+def test_deep_nesting_is_looked_through() -> None:
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    assert is_small(deep)
