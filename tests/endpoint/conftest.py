@@ -67,17 +67,18 @@ def engine() -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="package")
-def said(engine: VllmEngine) -> list[Said]:
+def said(engine: VllmEngine) -> Iterator[list[Said]]:
     """Listens below everything of ours that reads the engine's output: at vLLM's own client."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     said: list[Said] = []
-    client: Any = engine.client
-    sample = client.sample
+    generate = AsyncLLM.generate
 
     async def listened(
-        prompt: Any, params: Any, request_id: str, **more: Any
+        client: AsyncLLM, prompt: Any, params: Any, request_id: str, **more: Any
     ) -> AsyncGenerator[Any]:
         choices: dict[int, Said] = {}
-        async for output in sample(prompt, params, request_id, **more):
+        async for output in generate(client, prompt, params, request_id, **more):
             for part in output.outputs:
                 if part.index not in choices:
                     choices[part.index] = Said(request_id, list(output.prompt_token_ids))
@@ -88,8 +89,9 @@ def said(engine: VllmEngine) -> list[Said]:
             yield output
         said.extend(choice for _, choice in sorted(choices.items()))
 
-    client.sample = listened
-    return said
+    AsyncLLM.generate = listened
+    yield said
+    AsyncLLM.generate = generate
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
