@@ -125,10 +125,12 @@ class Postgres(Server):
             raise RuntimeError(f"{initdb}: {self._tail()}")
 
     def command(self) -> list[str]:
-        # A killed test process leaves the operating system's cache whole: no fsync is needed.
+        # A killed test process leaves the operating system's cache whole: no fsync is needed. What
+        # autovacuum counts of a test's rows would change the plans of those after it.
         settings = (
             "listen_addresses=", f"unix_socket_directories={self.home}", "fsync=off",
             "max_connections=200", "shared_buffers=32MB", "synchronous_commit=off",
+            "autovacuum=off",
         )  # fmt: skip
         flags = [flag for setting in settings for flag in ("-c", setting)]
         return [str(self._bin / "postgres"), "-D", str(self.home / "data"), *flags]

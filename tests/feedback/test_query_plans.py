@@ -39,8 +39,6 @@ def statements(store: Store) -> dict[str, Any]:
 
 
 def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> None:
-    if store.database.dialect.name == "postgresql":
-        _keep_from_counting(store)
     store.begin(episode("e", ended_at=None))
     store.append_turn("e", turn(1))
     store.end("e", "finished", 10.0)
@@ -91,13 +89,6 @@ def test_every_query_uses_an_index(store: Store, statements: dict[str, Any]) -> 
                 "agent_run",
                 "agent_call",
             }, statement
-
-
-def _keep_from_counting(store: Store) -> None:
-    """Postgres plans otherwise, now and then, once it has seen how small these tables are."""
-    with store.database.begin() as connection:
-        for table in ("episode", "turn", "feedback", "training_item", "agent_run", "agent_call"):
-            connection.exec_driver_sql(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
 
 
 def _runs(store: Store) -> None:
