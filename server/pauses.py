@@ -52,8 +52,9 @@ class PauseWatcher(Protocol):
 class Pause:
     """One, from its asking to its end."""
 
-    until: float
-    """By the monotonic clock."""
+    bound: float
+    """Seconds from its asking until the server ends it."""
+    asked_at: float = field(default_factory=time.monotonic)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     """Serving stands still, or `error` says why it does not."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -63,9 +64,14 @@ class Pause:
     _ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def seconds(self) -> float:
+        """Since its asking: what is bounded is what is published."""
+        return time.monotonic() - self.asked_at
+
+    @property
     def left(self) -> float:
         """Seconds."""
-        return max(0.0, self.until - time.monotonic())
+        return max(0.0, self.bound - self.seconds)
 
     def end(self, why: Ended) -> None:
         """Have serving go on at once; the first reason counts."""
@@ -75,10 +81,10 @@ class Pause:
 
     async def wait(self) -> None:
         """Until somebody ends it, or its time is up."""
-        try:
-            await asyncio.wait_for(self._ending.wait(), self.left)
-        except TimeoutError:
-            self.end("deadline")
+        while self.left > 0 and self.ended is None:  # a timer may be early by a millisecond
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self.left)
+        self.end("deadline")
 
 
 @dataclass(slots=True)
@@ -141,7 +147,7 @@ class Pauses:
         the server stops, and what `Engine.pause` raises.
         """
         await self._turn()
-        pause = Pause(time.monotonic() + self._settings.pause_seconds)
+        pause = Pause(self._settings.pause_seconds)
         self._pause = pause
         self._task = asyncio.create_task(self._hold(pause))
         await pause.began.wait()
@@ -193,11 +199,10 @@ class Pauses:
 
     async def _hold(self, pause: Pause) -> None:
         """The whole life of one, whatever becomes of who asked for it."""
-        began = time.monotonic()
         try:
             await self._stand_still(pause)
         finally:
-            await self._go_on(pause, began)
+            await self._go_on(pause)
         if not isinstance(pause.error, CannotPause | EngineDead):
             await self._proved()
 
@@ -217,7 +222,7 @@ class Pauses:
             pause.began.set()
             await pause.wait()
 
-    async def _go_on(self, pause: Pause, began: float) -> None:
+    async def _go_on(self, pause: Pause) -> None:
         try:
             await self._engine.resume()
         except EngineDead as error:
@@ -225,7 +230,7 @@ class Pauses:
         except Exception as error:
             pause.error = error
             self._lose(f"the engine cannot be told to go on: {error}")
-        seconds = time.monotonic() - began
+        seconds = pause.seconds
         self._pause = None
         self._next_at = time.monotonic() + self._settings.serve_seconds
         pause.over.set()

@@ -65,7 +65,7 @@ async def test_updates_in_pauses_fail_no_request_even_if_the_trainer_is_killed_i
         assert told["trainer"]["restarts"] == 1
         assert (figures["enabled"], figures["fault"]) == (True, None)
         assert figures["count"] >= 2
-        assert figures["longest_seconds"] < LONGEST + 1
+        assert figures["longest_seconds"] < LONGEST + 0.3
         published = [run for run in told["policies"][0]["runs"] if run["version"] is not None]
         assert published
         for run in published:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_what_waits_in_a_pause_comes_out_as_without_it(
     house.until(lambda: metric(house, "hone_wake_proofs_total", outcome="passed") > 0)
     figures = pauses_of(url)
     assert (figures["count"], figures["fault"]) == (before + 1, None)
-    assert 0.59 <= figures["longest_seconds"] < 2
+    assert 0.6 <= figures["longest_seconds"] < 2
 
 
 def metric(house: House, name: str, **labels: str) -> float:
@@ -234,7 +235,7 @@ def test_the_death_of_who_holds_a_pause_ends_it(live: Live) -> None:
         holder.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         waiting.result(10)
-        assert time.monotonic() - killed < 1.9, "and not at the bound"
+        assert time.monotonic() - killed < 1, "and not at the bound"
     wait_until(lambda: not pauses_of(live.url)["paused"])
     assert pauses_of(live.url)["longest_seconds"] < LONGEST
 
@@ -246,7 +247,7 @@ def test_who_hangs_in_a_pause_holds_serving_up_no_longer_than_the_bound(live: Li
         assert chat(live) < LONGEST + 1
     figures = pauses_of(live.url)
     assert figures["count"] == before + 1
-    assert LONGEST - 0.01 < figures["longest_seconds"] < LONGEST + 1
+    assert LONGEST <= figures["longest_seconds"] < LONGEST + 0.5
 
 
 def test_a_stop_in_a_pause_is_clean(live: Live) -> None:
@@ -259,4 +260,7 @@ def test_a_stop_in_a_pause_is_clean(live: Live) -> None:
         live.process.send_signal(signal.SIGTERM)
         assert waiting.result(10) < LONGEST
         assert live.process.wait(20) == 0, live.log.read_text()
+    # How long the process takes to end besides is its own affair.
+    ended = re.findall(r"serving was paused for (\S+) s: stopped", live.log.read_text())
+    assert [float(seconds) < LONGEST for seconds in ended] == [True]
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))

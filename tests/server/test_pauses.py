@@ -110,8 +110,8 @@ def test_pauses_are_told(tmp_path: Path) -> None:
         figures = told(house)
         assert (figures["enabled"], figures["paused"], figures["fault"]) == (True, False, None)
         assert figures["count"] == 2
-        assert 0.29 < figures["longest_seconds"] < 1  # timers may be early by a millisecond
-        assert 0.38 < figures["seconds"] < 2
+        assert 0.3 <= figures["longest_seconds"] < 0.5
+        assert 0.4 <= figures["seconds"] < 0.8
         scrape = Scrape(house)
         assert scrape.value("hone_wake_proofs_total", outcome="passed") == 2
         for ended in ("released", "deadline"):
@@ -295,7 +295,7 @@ async def test_an_engine_that_does_not_come_to_rest_in_time_goes_on() -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match="did not come to rest"):
         await pauses.begin()
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 0.5
     assert engine._runs.is_set()
 
 
