@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from sqlalchemy import Connection, Row, and_, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from feedback import events
 from feedback.database import in_pieces, insert_absent
@@ -27,32 +27,10 @@ from feedback.errors import (
     TurnOutOfOrder,
 )
 from feedback.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
-from feedback.reward import effective_values
 from feedback.rows import EPISODE, ID_LENGTH, ITEM, TURN
 from feedback.texts import is_storable, storable
-from feedback.types import Episode, Purpose, ToolCall, Turn
+from feedback.types import Episode, ToolCall, Turn
 from policy.ownership import claimed_by
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeSummary:
-    """One line of a list of episodes."""
-
-    id: str
-    tenant: str
-    policy: str
-    version: int
-    agent: str | None
-    task_key: str
-    purpose: Purpose
-    started_at: float
-    ended_at: float | None
-    stop_reason: str | None
-    n_turns: int
-    n_tokens: int
-    """Sampled tokens."""
-    feedback: Mapping[str, float]
-    """The value in force of each metric that has been reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,38 +268,6 @@ def tenant_of(connection: Connection, episode_id: str) -> str | None:
     return tenant
 
 
-def summaries(
-    connection: Connection,
-    *,
-    tenant: str,
-    equal: Mapping[str, object | None],
-    limit: int,
-    before: str | None,
-) -> list[EpisodeSummary]:
-    """Newest first. `equal` maps columns to wanted values (None: any); `before` is an episode id.
-
-    Raises EpisodeMissing if `before` is no episode of the tenant.
-    """
-    query = select(EPISODE).where(EPISODE.c.tenant == tenant)
-    for name, value in equal.items():
-        if value is not None:
-            query = query.where(EPISODE.c[name] == value)
-    if before is not None:
-        mark = _row(connection, before)
-        if mark is None or mark.tenant != tenant:
-            raise EpisodeMissing(f"no episode {before!r} to list from; pass an id of a page before")
-        at, key = EPISODE.c.started_at, EPISODE.c.id
-        query = query.where(or_(at < mark.started_at, and_(at == mark.started_at, key < mark.id)))
-    query = query.order_by(EPISODE.c.started_at.desc(), EPISODE.c.id.desc()).limit(limit)
-    rows = connection.execute(query).all()
-    said = events.of_episodes(connection, [(tenant, row.id) for row in rows])
-    return [_summary(row, effective_values(said.get((tenant, row.id), ()))) for row in rows]
-
-
-def _row(connection: Connection, episode_id: str) -> Row[Any] | None:
-    return connection.execute(select(EPISODE).where(EPISODE.c.id == episode_id)).first()
-
-
 def _check_names(episode: Episode) -> None:
     for name in ("id", "tenant", "policy", "agent"):
         value = getattr(episode, name)
@@ -394,22 +340,4 @@ def _turn(row: Row[Any], before: Turn | None) -> Turn:
         fault=row.fault,
         started_at=row.started_at,
         seconds=row.seconds,
-    )
-
-
-def _summary(row: Row[Any], feedback: Mapping[str, float]) -> EpisodeSummary:
-    return EpisodeSummary(
-        id=row.id,
-        tenant=row.tenant,
-        policy=row.policy,
-        version=row.version,
-        agent=row.agent,
-        task_key=row.task_key,
-        purpose=row.purpose,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        stop_reason=row.stop_reason,
-        n_turns=row.n_turns,
-        n_tokens=row.n_tokens,
-        feedback=feedback,
     )

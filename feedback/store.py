@@ -25,16 +25,18 @@ from feedback import (
     rulings,
     run_record,
     settling,
+    summaries,
     suspicion,
 )
 from feedback import readiness as ready
 from feedback.arrivals import Arrival
 from feedback.database import open_database, writing
-from feedback.episodes import Ending, EpisodeSummary
+from feedback.episodes import Ending
 from feedback.events import Receipt
 from feedback.outcomes import Copies, Outcome
 from feedback.rulings import Ruling, Verdict
 from feedback.spec import LearningSpec
+from feedback.summaries import EpisodeSummary
 from feedback.training import Claim, Readiness, RewardedEpisode, TrainingRun
 from feedback.types import Episode, FeedbackEvent, Purpose, Turn
 
@@ -97,7 +99,7 @@ class Store:
         """Newest first. `before` is the last id of the page before; EpisodeMissing if unknown."""
         equal = {"policy": policy, "agent": agent, "purpose": purpose, "version": version}
         with self.database.connect() as connection:
-            return episodes.summaries(
+            return summaries.summaries(
                 connection, tenant=tenant, equal=equal, limit=limit, before=before
             )
 

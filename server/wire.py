@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from feedback.episodes import EpisodeSummary
 from feedback.events import Receipt
 from feedback.finite import finite
+from feedback.summaries import EpisodeSummary
 from feedback.types import Episode, Turn
 from server.agents.events import Usage
 

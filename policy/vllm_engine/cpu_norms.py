@@ -1,4 +1,4 @@
-"""vLLM's own C++ norms on a CPU, seven times as fast on small batches as what it takes there.
+"""vLLM's own C++ norms on a CPU, 6 to 8 times as fast on small batches as what it takes there.
 
 Its CPU build has them, but offers them on GPUs only; and beside LoRA it compiles nothing on a CPU,
 so that each norm is some ten torch operations. In float32 both give the same numbers. In bfloat16

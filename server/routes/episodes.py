@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from feedback.episodes import EpisodeSummary
 from feedback.reward import figures_of, reward_of
+from feedback.summaries import EpisodeSummary
 from feedback.types import Episode, FeedbackEvent, Purpose
 from server.access.caller import CallerOf
 from server.errors import Conflict, NotFound
