@@ -20,7 +20,8 @@ import httpx2
 
 from feedback.run_store import RunStore
 from feedback.runs import Run
-from server.agents.progress import Agent, Chat
+from server.agents.progress import Chat
+from server.agents.request import Agent
 from server.agents.spec import EndWebhook, signing_key
 from server.run_wire import stored_json
 from server.tools.network import Reach, ReachTransport

@@ -18,7 +18,7 @@ from policy.types import AdapterRef
 from server.agents.brake import Brake
 from server.agents.calls import RunTools
 from server.agents.events import RunEnded, RunEvent, RunPaused, RunStarted, TurnRecorded
-from server.agents.progress import opening
+from server.agents.request import opening
 from server.agents.run import Agent, Chat, RunRequest, run_agent
 from server.errors import FORESEEN, ApiError, NotFound, Unavailable, as_api_error
 from server.release_controller import ReleaseController

@@ -1,7 +1,7 @@
-"""What is known of one run, and what is next: its prompt, its limits, what becomes of each turn.
+"""What is known of one run, and what is next: its prompt, what becomes of each turn, why it stops.
 
 Begins with a request or with what is on disk of a run whose server is gone. Events and their order
-are `server.agents.run`'s.
+are `server.agents.run`'s; what is used and left is counted in `server.agents.budget`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from feedback.runs import NewRun, Run, RunCall
-from feedback.types import Episode, Purpose, ToolCall, Turn
-from policy.chat import ParsedCall, ParsedTurn
+from feedback.types import Episode, ToolCall, Turn
+from policy.chat import ParsedTurn
 from policy.engine import Engine
 from policy.types import AdapterRef, Sampling
 from server.agents.brake import Brake
-from server.agents.calls import RunTools, Tools
+from server.agents.budget import Budget
+from server.agents.calls import RunTools
 from server.agents.context import fitted
-from server.agents.events import RunEnded, RunPaused, Usage, WaitingCall
-from server.agents.spec import AgentSpec
+from server.agents.events import RunEnded, RunPaused, WaitingCall
+from server.agents.request import Agent, RunRequest, opening
 from server.agents.turn import PENDING, TurnDraft, said_and_answered
 from server.tools.base import CallContext
 from server.uncancelled import to_the_end
@@ -81,57 +82,6 @@ class Chat(Protocol):
     def parse(self, text: str) -> ParsedTurn: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """A declared agent with its tools open."""
-
-    spec: AgentSpec
-    toolbox: Tools
-
-
-@dataclass(frozen=True, slots=True)
-class RunRequest:
-    """What is asked of an agent."""
-
-    messages: Sequence[Mapping[str, Any]]
-    """OpenAI's shape; the agent's system prompt comes before them."""
-    episode_id: str
-    task_key: str
-    purpose: Purpose = "live"
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    tenant: str = "default"
-    stream: bool = False
-    """Whether TextDelta events are wanted."""
-    tools: Sequence[Mapping[str, Any]] = ()
-    """Functions that the client runs, in OpenAI's shape."""
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """What the run needs of it to go on without its client."""
-        return {"messages": list(self.messages), "tools": list(self.tools)}
-
-    def episode(self, agent: AgentSpec, adapter: AdapterRef) -> Episode:
-        """The episode that begins with it."""
-        return Episode(
-            id=self.episode_id,
-            policy=adapter.policy,
-            version=adapter.version,
-            task_key=self.task_key,
-            started_at=time.time(),
-            tenant=self.tenant,
-            agent=agent.name,
-            purpose=self.purpose,
-            temperature=agent.sampling.temperature,
-            metadata=self.metadata,
-        )
-
-
-def opening(agent: AgentSpec, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What stands before the policy's first turn."""
-    system = [{"role": "system", "content": agent.system}] if agent.system is not None else []
-    return [*system, *messages]
-
-
 class Progress:
     """One run as far as it has come."""
 
@@ -161,20 +111,16 @@ class Progress:
         self._stored = stored
         self._messages = opening(agent.spec, request.messages)
         self._prompt_ids: Sequence[int] = ()
-        self._turns = 0
-        self._prompt_tokens = 0
-        self._sampled_tokens = 0
-        self._calls_cost = 0.0
+        self._budget = Budget(agent.spec, engine.max_model_len)
         self._output = ""
         self._begun = False
         self._draft: TurnDraft | None = None
-        self._used_seconds = 0.0
         if stored is not None and stored.episode.turns:
             self._take_up(stored)
         else:
             self._prompt_ids = chat.first_prompt(self._messages, self.tools.definitions)
         now = asyncio.get_running_loop().time()
-        brake.deadline = now + agent.spec.limits.seconds - self._used_seconds
+        brake.deadline = now + agent.spec.limits.seconds - self._budget.seconds
 
     async def begin(self) -> None:
         if self._stored is not None:
@@ -202,10 +148,10 @@ class Progress:
         sampling = Sampling(
             temperature=spec.temperature,
             top_p=spec.top_p,
-            max_tokens=min(spec.max_tokens, self._tokens_left(), self._room(), self._affordable()),
+            max_tokens=self._budget.tokens(len(self._prompt_ids)),
         )
         stream = self._engine.stream(self._prompt_ids, sampling, adapter=self._adapter)
-        self._draft = TurnDraft(self._turns, self._prompt_ids, stream, note)
+        self._draft = TurnDraft(self._budget.turns, self._prompt_ids, stream, note)
         return self._draft
 
     def judge(self, draft: TurnDraft) -> None:
@@ -216,16 +162,17 @@ class Progress:
         self._output = parsed.content
         if draft.run_ends is not None:
             return
+        sampled = len(draft.token_ids)
         if draft.stop_reason != "stop":
             # What was cut off was not meant to be acted upon: its calls are not made.
             draft.run_ends = self._why_cut(draft)
             draft.fault = (
                 "aborted by the engine"
                 if draft.run_ends == "engine_error"
-                else f"cut off after {len(draft.token_ids)} tokens"
+                else f"cut off after {sampled} tokens"
             )
             return
-        if self._is_too_dear(draft, parsed.calls):
+        if self._budget.is_too_dear(len(draft.prompt_ids), sampled, parsed.calls):
             draft.run_ends = "spend_limit"
             draft.fault = "not called: that would cost more than the run may spend"
             return
@@ -287,12 +234,9 @@ class Progress:
             until,
             turn,
             draft.parsed.content,
-            Usage(
-                self._prompt_tokens + len(turn.prompt_ids),
-                self._sampled_tokens + len(turn.token_ids),
-            ),
-            self._turns + 1,
-            self._spent(turn),
+            self._budget.usage(turn),
+            self._budget.turns + 1,
+            self._budget.spent(turn),
         )
 
     async def record(self, draft: TurnDraft) -> Turn:
@@ -302,9 +246,9 @@ class Progress:
         turn = draft.record()
         write = self._recorder.complete if draft.is_recorded else self._recorder.append_turn
         await write(self._request.episode_id, turn)
-        self._count(turn)
+        self._budget.count(turn)
         self.stop_reason = draft.run_ends
-        if self.stop_reason is None and self._turns < self.spec.limits.turns:
+        if self.stop_reason is None and self._budget.turns < self.spec.limits.turns:
             self._messages += draft.messages() + self._heard(turn.index)
             self._prompt_ids = self._next_prompt(turn)
         return turn
@@ -330,9 +274,9 @@ class Progress:
             self._request.episode_id,
             self.stop_reason or "engine_error",
             self._output,
-            Usage(self._prompt_tokens, self._sampled_tokens),
-            self._turns,
-            self._spent(),
+            self._budget.usage(),
+            self._budget.turns,
+            self._budget.spent(),
         )
 
     def _take_up(self, stored: Run) -> None:
@@ -340,21 +284,21 @@ class Progress:
         *before, last = stored.episode.turns
         self._prompt_ids = list(last.prompt_ids)
         for turn in before:
-            self._count(turn)
+            self._budget.count(turn)
             parsed = _named(self._chat.parse(turn.text), turn)
             self._messages += said_and_answered(parsed, turn.tool_calls)
             self._messages += self._heard(turn.index)
         parsed = _named(self._chat.parse(last.text), last)
         draft = TurnDraft.resumed(last, parsed, stored.calls_of(last.index))
         if any(call.status == "pending" for call in last.tool_calls):
-            self._used_seconds += draft.record().seconds
+            self._budget.seconds += draft.record().seconds
             self._output = parsed.content
             self._draft = draft
             return
         if not last.tool_calls:
             self._output = parsed.content
             self.stop_reason = self._why_over(draft)
-        self._count(last)
+        self._budget.count(last)
         if self.stop_reason is not None:
             return
         self._messages += said_and_answered(parsed, last.tool_calls) + self._heard(last.index)
@@ -380,14 +324,6 @@ class Progress:
             deadline=self.brake.deadline,
         )
 
-    def _count(self, turn: Turn) -> None:
-        self._turns += 1
-        self._prompt_tokens += len(turn.prompt_ids)
-        self._sampled_tokens += len(turn.token_ids)
-        self._used_seconds += turn.seconds
-        if self.spec.price is not None:
-            self._calls_cost += self.spec.price.made(turn.tool_calls)
-
     def _fit(self) -> str | None:
         """Do to the prompt what the agent's file says if it is too long, and say what was done."""
         fit = fitted(
@@ -395,24 +331,17 @@ class Progress:
             self._prompt_ids,
             self.spec.context,
             window=self._engine.max_model_len,
-            reserve=min(self.spec.sampling.max_tokens, self._tokens_left()),
+            reserve=self._budget.reserve,
             render=lambda messages: self._chat.first_prompt(messages, self.tools.definitions),
         )
         self._messages, self._prompt_ids = list(fit.messages), fit.prompt_ids
         return fit.note
 
     def _exhausted(self) -> str | None:
-        if self._turns >= self.spec.limits.turns:
-            return "turn_limit"
-        if self._tokens_left() < 1:
-            return "token_limit"
-        if self._room() < 1:
-            return "context_limit"
-        if self._affordable() < 1:
-            return "spend_limit"
-        if asyncio.get_running_loop().time() >= self.brake.deadline:
+        reason = self._budget.exhausted(len(self._prompt_ids))
+        if reason is None and asyncio.get_running_loop().time() >= self.brake.deadline:
             return "time_limit"
-        return None
+        return reason
 
     def _why_over(self, draft: TurnDraft) -> str:
         """Why a recorded turn that made no calls was the last one."""
@@ -424,46 +353,7 @@ class Progress:
     def _why_cut(self, draft: TurnDraft) -> str:
         if draft.stop_reason == "abort":
             return "engine_error"
-        sampled = len(draft.token_ids)
-        if sampled >= self._engine.max_model_len - len(draft.prompt_ids):
-            return "context_limit"
-        return "spend_limit" if sampled >= self._affordable() else "token_limit"
-
-    def _room(self) -> int:
-        return self._engine.max_model_len - len(self._prompt_ids)
-
-    def _tokens_left(self) -> int:
-        return self.spec.limits.tokens - self._sampled_tokens
-
-    def _affordable(self) -> int:
-        """Tokens that the next turn may sample within the spend limit."""
-        limit, price = self.spec.limits.spend, self.spec.price
-        if limit is None or price is None:
-            return self._engine.max_model_len
-        left = limit - (self._spent() or 0.0) - price.tokens(len(self._prompt_ids), 0)
-        if left <= 0 or price.sampled == 0:
-            return self._engine.max_model_len if left > 0 else 0
-        return min(self._engine.max_model_len, int(left * 1e6 / price.sampled))
-
-    def _is_too_dear(self, draft: TurnDraft, calls: Sequence[ParsedCall]) -> bool:
-        """Whether the turn's calls would cost more than is left."""
-        limit, price = self.spec.limits.spend, self.spec.price
-        if limit is None or price is None or not calls:
-            return False
-        turn = price.tokens(len(draft.prompt_ids), len(draft.token_ids))
-        cost = sum(price.calls.get(call.name, 0.0) for call in calls)
-        return (self._spent() or 0.0) + turn + cost > limit
-
-    def _spent(self, turn: Turn | None = None) -> float | None:
-        """So far, and with a turn that is not counted yet; None without a price."""
-        price = self.spec.price
-        if price is None:
-            return None
-        spent = price.tokens(self._prompt_tokens, self._sampled_tokens) + self._calls_cost
-        if turn is not None:
-            spent += price.tokens(len(turn.prompt_ids), len(turn.token_ids))
-            spent += price.made(turn.tool_calls)
-        return spent
+        return self._budget.why_cut(len(draft.prompt_ids), len(draft.token_ids))
 
 
 def _named(parsed: ParsedTurn, turn: Turn) -> ParsedTurn:

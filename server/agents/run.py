@@ -26,7 +26,8 @@ from server.agents.events import (
     TurnRecorded,
     TurnSampled,
 )
-from server.agents.progress import Agent, Chat, Progress, Recorder, RunRequest
+from server.agents.progress import Chat, Progress, Recorder
+from server.agents.request import Agent, RunRequest
 from server.agents.turn import TurnDraft
 from server.uncancelled import to_the_end
 
