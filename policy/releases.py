@@ -1,16 +1,15 @@
 """Which version of a policy answers: an append-only table of release events, and its fold.
 
 Events are only ever inserted; the present state is folded from them (`release_state`), so that a
-rollback needs neither the trainer nor a restart. Loading and routing are the server's; the folders
-are the registry's.
+rollback needs neither the trainer nor a restart. What may follow what is `release_rules`'. Loading
+and routing are the server's; the folders are the registry's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
@@ -25,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlmodel import col
 
+from policy import release_rules as rules
 from policy.ownership import owner_column, owner_of
 from policy.release_errors import (
     LivePinned,
@@ -53,17 +53,6 @@ __all__ += [
     "ReleaseStateName",
     "Releases",
 ]
-
-_WRITTEN_BY_RECORD = ("candidate", "loaded", "rejected", "deleted")
-_BEFORE: Mapping[str, frozenset[str | None]] = MappingProxyType(
-    {
-        "candidate": frozenset({None}),
-        "loaded": frozenset({"candidate"}),
-        "rejected": frozenset({None, "candidate", "loaded", "canary", "retired", "rolled_back"}),
-        "deleted": frozenset({"retired", "rejected", "rolled_back"}),
-        "live": frozenset({"loaded", "canary", "retired", "rolled_back"}),
-    }
-)
 
 
 class Releases:
@@ -140,25 +129,17 @@ class Releases:
         state is not as expected (see `promote`), and ValueError for version 0 and for the states
         that other methods write.
         """
-        if state not in _WRITTEN_BY_RECORD or version < 1:
+        if state not in rules.WRITTEN_BY_RECORD or version < 1:
             raise ValueError(
                 f"cannot record {state!r} for version {version}; expected one of "
-                f"{_WRITTEN_BY_RECORD} for version 1 or above; use promote or rollback "
+                f"{rules.WRITTEN_BY_RECORD} for version 1 or above; use promote or rollback "
                 "for the rest, try_out for a canary"
             )
         changes = self._locked_changes(session, policy)
         now = fold(policy, changes)
-        _check_expected(now, None, expected_sequence)
-        before = now.states.get(version)
-        if state == "deleted" and version in now.pinned:
-            raise ReleaseConflict(f"{AdapterRef(policy, version)} is pinned; it stays on disk")
-        if before not in _BEFORE[state]:
-            raise ReleaseConflict(
-                f"{AdapterRef(policy, version)} is {before or 'unknown'!r}, which {state!r} cannot "
-                "follow; a live version is first replaced by promote or rollback"
-            )
+        rules.check_expected(now, None, expected_sequence)
         self._append(
-            session, policy, len(changes), Change(version, state),
+            session, policy, len(changes), rules.recorded(now, version, state),
             actor=actor, reason=reason, figures=figures,
         )  # fmt: skip
 
@@ -187,20 +168,10 @@ class Releases:
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
-            _check_expected(now, expected_live, expected_sequence)
-            _check_free(now, automatic)
-            if now.canary is None and now.states.get(ref.version) != "loaded":
-                raise NotPromotable(
-                    f"{ref} is {now.states.get(ref.version, 'unknown')!r}; only a loaded version "
-                    "can become a canary"
-                )
-            if now.canary is not None and (now.canary.ref != ref or now.canary.share >= share):
-                raise ReleaseConflict(
-                    f"{now.canary.ref} is on trial with a share of {now.canary.share:g}; expected "
-                    f"no other, or less than {share:g}"
-                )
+            rules.check_expected(now, expected_live, expected_sequence)
+            change = rules.tried_out(now, ref, share, automatic=automatic)
             self._append(
-                session, ref.policy, len(changes), Change(ref.version, "canary", share),
+                session, ref.policy, len(changes), change,
                 actor=actor, reason=reason, figures=figures,
             )  # fmt: skip
 
@@ -226,20 +197,10 @@ class Releases:
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
-            _check_expected(now, expected_live, expected_sequence)
-            if now.live == ref:
-                return
-            _check_free(now, automatic)
-            state = now.states.get(ref.version)
-            if not ref.is_base and state not in _BEFORE["live"]:
-                raise NotPromotable(
-                    f"{ref} is {state or 'unknown'!r}; only a loaded version, a canary, or one "
-                    "that was live before, can become live"
-                )
-            ended = () if now.canary is None or now.canary.ref == ref else _taken_back(now)
+            rules.check_expected(now, expected_live, expected_sequence)
             self._append(
                 session, ref.policy, len(changes),
-                *ended, Change(now.live.version, "retired"), Change(ref.version, "live"),
+                *rules.promoted(now, ref, automatic=automatic),
                 actor=actor, reason=reason, figures=figures,
             )  # fmt: skip
 
@@ -264,16 +225,8 @@ class Releases:
         with self._transaction() as session:
             changes = self._locked_changes(session, policy)
             now = fold(policy, changes)
-            _check_expected(now, expected_live, expected_sequence)
-            if now.canary is not None and to is None:
-                steps, target = _taken_back(now), now.live
-            else:
-                target = _checked_target(now, to, changes)
-                steps = (
-                    *_taken_back(now),
-                    Change(now.live.version, "rolled_back"),
-                    Change(target.version, "live"),
-                )
+            rules.check_expected(now, expected_live, expected_sequence)
+            target, steps = rules.rolled_back(now, changes, to)
             self._append(
                 session, policy, len(changes), *steps, actor=actor, reason=reason, figures=figures
             )
@@ -287,17 +240,10 @@ class Releases:
         with self._transaction() as session:
             changes = self._locked_changes(session, ref.policy)
             now = fold(ref.policy, changes)
-            if now.states.get(ref.version, "deleted") == "deleted" or ref.is_base:
-                raise ReleaseConflict(
-                    f"{ref} cannot be pinned; expected one of the versions "
-                    f"{[v for v, name in sorted(now.states.items()) if v and name != 'deleted']}"
-                )
-            if (ref.version in now.pinned) != pinned:
-                self._append(
-                    session, ref.policy, len(changes),
-                    Change(ref.version, "pinned" if pinned else "unpinned"),
-                    actor=actor, reason=reason,
-                )  # fmt: skip
+            self._append(
+                session, ref.policy, len(changes), *rules.pinned(now, ref, pinned=pinned),
+                actor=actor, reason=reason,
+            )  # fmt: skip
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
@@ -340,6 +286,8 @@ class Releases:
         reason: str,
         figures: Mapping[str, Any] | None = None,
     ) -> None:
+        if not changes:
+            return
         at = time.time()
         tenant = owner_of(session.connection(), policy)
         for sequence, change in enumerate(changes, start=after + 1):
@@ -358,49 +306,3 @@ class Releases:
                 )
             )
         session.flush()
-
-
-def _check_expected(now: ReleaseState, live: int | None, sequence: int | None) -> None:
-    if live is not None and now.live.version != live:
-        raise ReleaseConflict(
-            f"{now.live} is live; expected {AdapterRef(now.policy, live)}; another promotion "
-            "or rollback came first"
-        )
-    if sequence is not None and now.sequence != sequence:
-        raise ReleaseConflict(
-            f"{now.policy!r} has {now.sequence} release events; expected {sequence}; somebody "
-            "else came first"
-        )
-
-
-def _taken_back(now: ReleaseState) -> tuple[Change, ...]:
-    return () if now.canary is None else (Change(now.canary.ref.version, "rolled_back"),)
-
-
-def _check_free(now: ReleaseState, automatic: bool) -> None:
-    if automatic and now.is_frozen:
-        raise LivePinned(f"{now.live} is live and pinned; nothing replaces it by itself")
-
-
-def _checked_target(now: ReleaseState, to: int | None, changes: Sequence[Change]) -> AdapterRef:
-    """Where a rollback of the live version leads."""
-    if now.live.is_base:
-        raise NothingToRollBack(
-            f"policy {now.policy!r} serves its base model, {now.live}; nothing is below it"
-        )
-    target = now.previous if to is None else AdapterRef(now.policy, to)
-    if target == now.live or not _was_live(now, target, changes):
-        raise ReleaseConflict(
-            f"cannot roll {now.live} back to {target}, which is "
-            f"{now.states.get(target.version, 'unknown')!r}; expected version 0 or one "
-            f"that was live before, such as {now.previous}"
-        )
-    return target
-
-
-def _was_live(now: ReleaseState, ref: AdapterRef, changes: Sequence[Change]) -> bool:
-    """And may be again. A canary that was taken back is 'rolled_back' too, but never was live."""
-    if ref.is_base:
-        return True
-    over = now.states.get(ref.version) in ("retired", "rolled_back")
-    return over and any(c.version == ref.version and c.state == "live" for c in changes)
