@@ -1,5 +1,5 @@
-"""One scripted server for a test, and one for a module where state does not matter; and a tiny
-model for the real engine."""
+"""One scripted server for a test, and one for a module where state does not matter; a desk for the
+run loop alone; and a tiny model for the real engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from policy.chat import ChatFormat
 from tests.server.house import House, byte_chat, running, scripted_parts, settings_in, write_agent
+from tests.server.run_desk import Desk, Play, Record
 
 
 @pytest.fixture
@@ -26,6 +28,16 @@ def shared_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     write_agent(folder)
     with running(settings_in(folder), scripted_parts(folder)) as house:
         yield house
+
+
+@pytest.fixture(scope="session")
+def chat() -> ChatFormat:
+    return byte_chat()
+
+
+@pytest.fixture
+def play(chat: ChatFormat) -> Play:
+    return lambda *lines: Desk(chat, Record(), lines)
 
 
 @pytest.fixture(scope="session")

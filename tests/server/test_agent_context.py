@@ -18,10 +18,8 @@ from server.agents.context import ContextSpec, Message, fitted
 from server.agents.run import run_to_end
 from server.tools.box import ToolBox
 from server.tools.python import PythonTool
-from tests.server.test_agent_run import Desk, Record, call, chat, request
+from tests.server.run_desk import Desk, Record, call, request
 from trainer.batch import rows_of
-
-__all__ = ["chat"]  # the fixture
 
 SHORTEN = ContextSpec(policy="shorten_oldest_results", keep_chars=10)
 LIMITS = {"turns": 9, "tokens": 9000, "seconds": 30}
