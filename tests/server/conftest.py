@@ -1,15 +1,16 @@
 """One scripted server for a test, and one for a module where state does not matter; a desk for the
-run loop alone; and a tiny model for the real engine."""
+run loop alone, a site for the release controller alone; and a tiny model for the real engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from policy.chat import ChatFormat
 from tests.server.house import House, byte_chat, running, scripted_parts, settings_in, write_agent
+from tests.server.release_site import Site
 from tests.server.run_desk import Desk, Play, Record
 
 
@@ -38,6 +39,13 @@ def chat() -> ChatFormat:
 @pytest.fixture
 def play(chat: ChatFormat) -> Play:
     return lambda *lines: Desk(chat, Record(), lines)
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    site.store.close()
 
 
 @pytest.fixture(scope="session")
