@@ -13,6 +13,9 @@ from tests.server.house import House, byte_chat, running, scripted_parts, settin
 from tests.server.release_site import Site
 from tests.server.run_desk import Desk, Play, Record
 
+# Its assertions are tests' own, and say as much when they fail.
+pytest.register_assert_rewrite("tests.server.trespasses")
+
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:

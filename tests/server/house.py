@@ -44,6 +44,8 @@ TEMPLATE = (
 )
 BASE_DIGEST = "sha256:scripted"
 SLOTS = 3
+OPERATOR = "s3cret"
+"""The operator's key, of servers that are given one."""
 AGENT = """
 name: desk
 policy: desk
@@ -192,6 +194,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.02)
+
+
+def client_of(house: House, key: str) -> httpx.Client:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=house.url, headers=headers, timeout=20)
+
+
+def make_key(house: House, **body: Any) -> dict[str, Any]:
+    with client_of(house, OPERATOR) as operator:
+        answer = operator.post("/v1/keys", json={"name": "test", **body})
+    assert answer.status_code == 200, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
 
 
 @contextmanager

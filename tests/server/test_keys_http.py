@@ -21,8 +21,16 @@ from server import cli
 from server.access.caller import KeyScope
 from server.access.scopes import NEEDS, OPEN
 from server.commands.client import CommandError
-from tests.server.house import House, running, scripted_parts, settings_in, write_agent
-from tests.server.test_tenants import OPERATOR, client_of, make_key
+from tests.server.house import (
+    OPERATOR,
+    House,
+    client_of,
+    make_key,
+    running,
+    scripted_parts,
+    settings_in,
+    write_agent,
+)
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
 CACHED_SECONDS = 0.5

@@ -20,14 +20,16 @@ from server.access.limits import Limits
 from server.access.settings import LimitSettings
 from server.errors import TooManyRequests
 from tests.server.house import (
+    OPERATOR,
     House,
+    client_of,
+    make_key,
     running,
     scripted_engine,
     scripted_parts,
     settings_in,
     write_agent,
 )
-from tests.server.test_tenants import OPERATOR, client_of, make_key
 from tests.servers import Redis
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
