@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 
 from server.access.scopes import NEEDS, UNDECLARED
 from server.errors import (
@@ -26,6 +26,7 @@ from server.errors import (
     Unauthorized,
     Unavailable,
 )
+from server.export.rows import EpisodeRow, FeedbackRow
 from server.openai_shapes import (
     ChatCompletionIn,
     ChatCompletionOut,
@@ -36,9 +37,11 @@ from server.openai_shapes import (
 )
 from server.refusals import ErrorOut, refusals
 from server.routes.feedback import FeedbackBatchIn, FeedbackIn
+from server.routes.training_answers import PausedOut, PauseOverOut
+from server.run_events import EVENTS
+from server.streams import REFS, ref
 
 _SCHEME = "key"
-_REFS = "#/components/schemas/{model}"
 _NEVER_AWAY = frozenset({"/healthz"})
 """What answers whatever else does not."""
 
@@ -105,19 +108,25 @@ def _add_key(document: dict[str, Any]) -> None:
 
 
 def _schemas() -> Mapping[str, Any]:
-    """Of what no route of FastAPI's has as a parameter."""
-    asked = [(route.asked, "validation") for route in _ENGINE]
-    answered = [(route.answer, "serialization") for route in _ENGINE]
-    read_by_hand = [(model, "validation") for model in (FeedbackIn, FeedbackBatchIn)]
-    told = [(ErrorOut, "serialization")]
-    models: list[Any] = [*asked, *answered, *read_by_hand, *told]
-    _, schemas = models_json_schema(models, ref_template=_REFS)
+    """Of what no route of FastAPI's has as a parameter, or answers whole."""
+    asked: list[type] = [route.asked for route in _ENGINE]
+    read_by_hand: list[type] = [FeedbackIn, FeedbackBatchIn]
+    answered: list[type] = [route.answer for route in _ENGINE]
+    streamed: list[type] = [*EVENTS.values(), EpisodeRow, FeedbackRow, PausedOut, PauseOverOut]
+    modes: list[tuple[JsonSchemaMode, list[type]]] = [
+        ("validation", [*asked, *read_by_hand]),
+        ("serialization", [*answered, *streamed, ErrorOut]),
+    ]
+    every: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
+        (shape.__name__, mode, TypeAdapter(shape)) for mode, shapes in modes for shape in shapes
+    ]
+    _, schemas = TypeAdapter.json_schemas(every, ref_template=REFS)
     found: Mapping[str, Any] = schemas["$defs"]
     return found
 
 
 def _operation(route: _EngineRoute) -> dict[str, Any]:
-    shown = {"application/json": {"schema": _ref(route.answer)}, "text/event-stream": {}}
+    shown = {"application/json": {"schema": ref(route.answer)}, "text/event-stream": {}}
     return {
         "tags": ["openai"],
         "summary": route.summary,
@@ -125,7 +134,7 @@ def _operation(route: _EngineRoute) -> dict[str, Any]:
         "operationId": f"create{route.path.replace('/', '_')}",
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": _ref(route.asked)}},
+            "content": {"application/json": {"schema": ref(route.asked)}},
         },
         "responses": {
             "200": {"description": "Successful Response", "content": shown},
@@ -155,12 +164,8 @@ def _complete(operation: dict[str, Any], path: str, route: str, *, is_locked: bo
 
 def _errors(*kinds: type[ApiError]) -> dict[str, Any]:
     """As FastAPI writes down what a route's `responses` say."""
-    shown = {"application/json": {"schema": _ref(ErrorOut)}}
+    shown = {"application/json": {"schema": ref(ErrorOut)}}
     return {
         str(status): {"description": said["description"], "content": shown}
         for status, said in refusals(*kinds).items()
     }
-
-
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REFS.format(model=model.__name__)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from feedback.types import Purpose
 from policy.ownership import DEFAULT_TENANT
@@ -46,13 +46,15 @@ class Route:
     """The client named the version itself."""
 
 
+ModelKind = Literal["base", "policy", "version", "agent"]
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """One name that clients may give as `model`, as `/v1/models` lists it."""
 
     id: str
-    kind: str
-    """base, policy, version or agent."""
+    kind: ModelKind
     adapter: AdapterRef | None = None
     agent: str | None = None
 

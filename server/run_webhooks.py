@@ -76,7 +76,7 @@ class EndTeller:
 
 
 def _message(run: Run, agent: Agent, chat: Chat) -> dict[str, Any]:
-    said = stored_json(run, chat, agent.spec.price)
+    said: dict[str, Any] = {**stored_json(run, chat, agent.spec.price)}
     del said["turns"]  # they may be long, and GET /v1/runs/ID has them
     ended = datetime.fromtimestamp(run.episode.ended_at or 0.0, UTC)
     return {"type": f"run.{said['status']}", "timestamp": ended.isoformat(), "data": said}

@@ -2,31 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from feedback.finite import finite
-from feedback.runs import Run, RunCall
+from feedback.runs import Run, RunCall, RunState
 from feedback.types import Turn
 from policy.chat import ParsedTurn
 from policy.types import AdapterRef
 from server.agents.events import RunEnded, RunPaused, Usage, WaitingCall
 from server.agents.progress import Chat
 from server.agents.spec import Price
-from server.wire import turn_json, usage_json
+from server.wire import CallId, TurnOut, UsageOut, turn_json, usage_json
 
-_STATUS = {"finished": "completed", "cancelled": "cancelled", "engine_error": "failed"}
-_STATES = {"queued": "queued", "running": "in_progress", "waiting": "requires_action"}
+RunStatus = Literal[
+    "queued", "in_progress", "requires_action", "completed", "incomplete", "cancelled", "failed"
+]
+_STATUS: Mapping[str, RunStatus] = {
+    "finished": "completed",
+    "cancelled": "cancelled",
+    "engine_error": "failed",
+}
+_STATES: Mapping[RunState, RunStatus] = {
+    "queued": "queued",
+    "running": "in_progress",
+    "waiting": "requires_action",
+}
+
+
+class NeededCallOut(TypedDict):
+    """A call that keeps a run from going on."""
+
+    id: CallId
+    name: Annotated[str, Field(description="The tool's.")]
+    arguments: Annotated[
+        dict[str, Any], Field(description="By name; null for a number that is not finite.")
+    ]
+    needs: Annotated[
+        Literal["approval", "output"],
+        Field(
+            description="approval: a person's word, by POST /v1/runs/ID/approvals; output: what "
+            "the client's function answers, by POST /v1/runs/ID/tool_outputs."
+        ),
+    ]
+
+
+class RequiredActionOut(TypedDict):
+    """What a run waits for."""
+
+    tool_calls: Annotated[list[NeededCallOut], Field(description="Each has to be answered.")]
+    expires_at: Annotated[
+        float | None, Field(description="Unix seconds: past it, the run goes on or ends without.")
+    ]
+
+
+class RunUsageOut(UsageOut):
+    """What a run used up."""
+
+    spend: Annotated[
+        float | None,
+        Field(description="By the price in the agent's file; null: it has none."),
+    ]
+
+
+class ApprovalOut(TypedDict):
+    """What a person said to one call."""
+
+    call_id: CallId
+    approved: Annotated[bool, Field(description="Whether the call may be made.")]
+    by: Annotated[str | None, Field(description="Who decided, as the request said.")]
+    reason: Annotated[str | None, Field(description="Null: none was given.")]
+
+
+class FollowedRunOut(TypedDict):
+    """A run that was followed to its end, or to where it waits."""
+
+    id: Annotated[str, Field(description="The episode's too.")]
+    object: Literal["agent.run"]
+    agent: Annotated[str, Field(description="Its name.")]
+    model: Annotated[str, Field(description="The version that acts, `policy@vN`.")]
+    status: Annotated[
+        RunStatus,
+        Field(
+            description="requires_action: it waits for its client, or for a person; incomplete: a "
+            "limit ended it, or nobody came for it; failed: the engine."
+        ),
+    ]
+    stop_reason: Annotated[
+        str | None,
+        Field(
+            description="Null until it ends; then finished, turn_limit, token_limit, time_limit, "
+            "context_limit, spend_limit, cancelled, engine_error, idle or interrupted."
+        ),
+    ]
+    output: Annotated[
+        str, Field(description="What the model said in its last turn, outside of calls.")
+    ]
+    required_action: Annotated[
+        RequiredActionOut | None, Field(description="What it waits for; null: nothing.")
+    ]
+    turns: Annotated[list[TurnOut], Field(description="In order.")]
+    usage: RunUsageOut
+
+
+class RunOut(FollowedRunOut):
+    """A run as the record has it, whoever drives it."""
+
+    approvals: Annotated[list[ApprovalOut], Field(description="Of calls that were decided.")]
+    background: Annotated[bool, Field(description="It goes on without a client.")]
+    started_at: Annotated[float, Field(description="Unix seconds.")]
+    ended_at: Annotated[float | None, Field(description="Unix seconds; null until it ends.")]
 
 
 def run_json(
     agent: str, outcome: RunEnded | RunPaused, adapter: AdapterRef, turns: Sequence[Turn]
-) -> dict[str, Any]:
+) -> FollowedRunOut:
     """A run that was followed to its end, or to where it waits.
 
     `turns` may hold one more than once, as it became known: the last one counts.
     """
     known = {turn.index: turn for turn in turns}
+    status: RunStatus
     if isinstance(outcome, RunPaused):
         status, stop_reason, action = "requires_action", None, required_action(outcome)
         known[outcome.turn.index] = outcome.turn
@@ -47,12 +146,12 @@ def run_json(
     }
 
 
-def required_action(paused: RunPaused) -> dict[str, Any]:
+def required_action(paused: RunPaused) -> RequiredActionOut:
     """What a run waits for."""
     return _required(paused.waiting, paused.waits_until)
 
 
-def stored_json(run: Run, chat: Chat, price: Price | None) -> dict[str, Any]:
+def stored_json(run: Run, chat: Chat, price: Price | None) -> RunOut:
     """A run as the record has it; `price` is its agent's."""
     episode = run.episode
     waiting = waiting_calls(run) if run.state == "waiting" else ()
@@ -60,7 +159,7 @@ def stored_json(run: Run, chat: Chat, price: Price | None) -> dict[str, Any]:
     return {
         "id": episode.id,
         "object": "agent.run",
-        "agent": episode.agent,
+        "agent": str(episode.agent),
         "model": f"{episode.policy}@v{episode.version}",
         "status": _STATES.get(run.state, over),
         "stop_reason": episode.stop_reason,
@@ -103,8 +202,8 @@ def usage_of(run: Run) -> Usage:
     )
 
 
-def _required(waiting: Sequence[WaitingCall], until: float | None) -> dict[str, Any]:
-    calls = [
+def _required(waiting: Sequence[WaitingCall], until: float | None) -> RequiredActionOut:
+    calls: list[NeededCallOut] = [
         {
             "id": call.id,
             "name": call.name,
@@ -116,7 +215,7 @@ def _required(waiting: Sequence[WaitingCall], until: float | None) -> dict[str, 
     return {"tool_calls": calls, "expires_at": until}
 
 
-def _approval(call: RunCall) -> dict[str, Any]:
+def _approval(call: RunCall) -> ApprovalOut:
     return {
         "call_id": call.id,
         "approved": not (call.state == "refused" or call.status == "refused"),

@@ -1,16 +1,19 @@
-"""How turns and episodes look to clients, and the checks that several requests share."""
+"""How turns, episodes and receipts look to clients, and what requests and answers share."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi.responses import Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic_core import to_json
+from typing_extensions import TypedDict
 
 from feedback.events import Receipt
 from feedback.finite import finite
 from feedback.summaries import EpisodeSummary
-from feedback.types import Episode, Turn
+from feedback.types import Episode, Purpose, ToolStatus, Turn
 from server.agents.events import Usage
 
 AskedPurpose = Literal["live", "practice", "evaluation"]
@@ -20,6 +23,8 @@ EpisodeId = Annotated[str, Field(pattern=EPISODE_ID_PATTERN, strict=True)]
 EPISODE_HEADER = "x-hone-episode"
 MAX_METADATA = 4096
 """Bytes of an episode's metadata."""
+Figures = dict[str, JsonValue]
+"""Numbers by name, and words on them; null where one is not finite."""
 
 
 def _whole(value: object) -> object:
@@ -37,7 +42,152 @@ class BodyIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def turn_json(turn: Turn) -> dict[str, Any]:
+class BodyOut(BaseModel):
+    """An answer's body. What is in it is always there: null, if it is not known."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
+class PlainJson(Response):
+    """An answer that is plain data, written as it is.
+
+    For routes that are asked often, or answer much. What they build is a `TypedDict`, which mypy
+    holds it to; reading it again into models would only cost time. The document has the same type
+    by the route's `responses`, and `tests/server/test_answers.py` holds the two together.
+    """
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content, inf_nan_mode="null")
+
+
+CallId = Annotated[str, Field(description="What approvals and outputs name the call by.")]
+
+
+class ToolCallOut(TypedDict):
+    """A call that a turn made, and what came of it."""
+
+    id: CallId
+    name: Annotated[str, Field(description="The tool's, as the model named it.")]
+    arguments: Annotated[
+        dict[str, Any], Field(description="By name; null for a number that is not finite.")
+    ]
+    status: Annotated[
+        ToolStatus,
+        Field(
+            description="ok; error: the tool answered with a failure; refused: by the owner's "
+            "rules, or by a person; timeout; invalid: no such tool, or arguments that its schema "
+            "refuses; unknown: begun by a server that died before the answer; pending: not "
+            "answered yet."
+        ),
+    ]
+    result: Annotated[str, Field(description="The text that the model was shown.")]
+    seconds: Annotated[float, Field(description="Until it was answered.")]
+    attempts: Annotated[
+        int, Field(description="How often the tool was called for it; 0: it was out of order.")
+    ]
+
+
+class TurnOut(TypedDict):
+    """One generation of the model, with what the tools answered."""
+
+    index: Annotated[int, Field(description="Within the episode, from 0.")]
+    text: Annotated[str, Field(description="What was sampled, calls included.")]
+    stop_reason: Annotated[
+        str, Field(description="Why sampling ended: stop, length (of its limit) or abort.")
+    ]
+    fault: Annotated[
+        str | None,
+        Field(
+            description="What was wrong with the turn, such as a malformed call, or had to be "
+            "left out of its prompt."
+        ),
+    ]
+    tool_calls: Annotated[list[ToolCallOut], Field(description="In the order of the text.")]
+    started_at: Annotated[float, Field(description="Unix seconds.")]
+    seconds: Annotated[float, Field(description="That sampling took.")]
+
+
+class RecordedTurnOut(TurnOut):
+    """A turn as the record has it."""
+
+    prompt_token_ids: Annotated[
+        list[int], Field(description="Everything before the first sampled id.")
+    ]
+    token_ids: Annotated[
+        list[int], Field(description="The engine's own sampled ids, end of turn included.")
+    ]
+    logprobs: Annotated[
+        list[float | None] | None,
+        Field(
+            description="Of each sampled id, by the version that sampled it, in nats; null: the "
+            "engine gave none, and the turn is never trained on; in it: not a finite number."
+        ),
+    ]
+
+
+class UsageOut(TypedDict):
+    """Tokens of all turns together; a prompt counts in each turn that it was given to."""
+
+    prompt_tokens: Annotated[int, Field(description="Of what was given to the model.")]
+    completion_tokens: Annotated[int, Field(description="Sampled ones.")]
+    total_tokens: Annotated[int, Field(description="Both together.")]
+
+
+class EpisodeHeadOut(TypedDict):
+    """What an episode and its line in a list have in common."""
+
+    id: Annotated[str, Field(description="Unique among all episodes.")]
+    object: Literal["episode"]
+    model: Annotated[str, Field(description="The version that sampled it, `policy@vN`.")]
+    policy: Annotated[str, Field(description="`base` is the base model, under no policy.")]
+    version: Annotated[int, Field(description="Of the policy; 0 is the base model.")]
+    agent: Annotated[str | None, Field(description="That ran it; null: plain traffic.")]
+    task_key: Annotated[
+        str, Field(description="Which task. Parts split by '/' go from general to particular.")
+    ]
+    purpose: Annotated[
+        Purpose,
+        Field(
+            description="Only live and practice episodes are trained on; shadow ones are copies, "
+            "which nobody was shown."
+        ),
+    ]
+    status: Annotated[Literal["running", "ended"], Field(description="Whether it goes on.")]
+    stop_reason: Annotated[
+        str | None,
+        Field(
+            description="Null while it runs; then finished, turn_limit, token_limit, time_limit, "
+            "context_limit, spend_limit, cancelled, engine_error, idle or interrupted."
+        ),
+    ]
+    started_at: Annotated[float, Field(description="Unix seconds.")]
+    ended_at: Annotated[float | None, Field(description="Unix seconds; null while it runs.")]
+
+
+class ReceiptOut(TypedDict):
+    """What became of one statement."""
+
+    object: Literal["feedback.receipt"]
+    event_id: Annotated[str, Field(description="The client's, or one that was made for it.")]
+    status: Annotated[
+        Literal["recorded", "duplicate", "conflict"],
+        Field(
+            description="duplicate: known, with equal content; conflict: known with other "
+            "content, which stands."
+        ),
+    ]
+    parked: Annotated[
+        bool,
+        Field(
+            description="The episode, one of the two, or the task's first, does not exist yet: it "
+            "counts once that does."
+        ),
+    ]
+
+
+def turn_json(turn: Turn) -> TurnOut:
     """A turn as a client of an agent sees it: what was said and done."""
     return {
         "index": turn.index,
@@ -50,7 +200,7 @@ def turn_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def recorded_turn_json(turn: Turn) -> dict[str, Any]:
+def recorded_turn_json(turn: Turn) -> RecordedTurnOut:
     """A turn as the record has it, with the engine's own ids and log-probabilities."""
     return {
         **turn_json(turn),
@@ -60,7 +210,7 @@ def recorded_turn_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def usage_json(usage: Usage) -> dict[str, int]:
+def usage_json(usage: Usage) -> UsageOut:
     """A run's tokens, in OpenAI's shape."""
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -69,7 +219,7 @@ def usage_json(usage: Usage) -> dict[str, int]:
     }
 
 
-def episode_json(episode: Episode | EpisodeSummary) -> dict[str, Any]:
+def episode_json(episode: Episode | EpisodeSummary) -> EpisodeHeadOut:
     """What an episode and its line in a list have in common."""
     return {
         "id": episode.id,
@@ -87,7 +237,7 @@ def episode_json(episode: Episode | EpisodeSummary) -> dict[str, Any]:
     }
 
 
-def receipt_json(receipt: Receipt) -> dict[str, Any]:
+def receipt_json(receipt: Receipt) -> ReceiptOut:
     """What became of one feedback event."""
     return {
         "object": "feedback.receipt",

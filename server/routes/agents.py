@@ -3,65 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
-from feedback.finite import finite
-from feedback.types import Turn
 from server.access.caller import CallerOf
 from server.agent_runs import RunIn, RunStream, queue_run, start_run
-from server.agents.events import (
-    RunEnded,
-    RunEvent,
-    RunPaused,
-    RunStarted,
-    TextDelta,
-    ToolFinished,
-    ToolStarted,
-    TurnRecorded,
-    TurnSampled,
-)
-from server.errors import Conflict, NotFound, body_of
+from server.errors import Conflict, NotFound
 from server.refusals import refusals
-from server.run_wire import run_json, stored_json
-from server.runner import StartedRun, failure
+from server.run_events import EVENTS, sse
+from server.run_wire import FollowedRunOut, RunOut, run_json, stored_json
 from server.services import ServicesOf
-from server.wire import EPISODE_HEADER, turn_json
+from server.streams import events_of
+from server.wire import EPISODE_HEADER, BodyOut
 
 router = APIRouter(prefix="/v1/agents", tags=["agents"])
 
-RUN: dict[int | str, dict[str, Any]] = {
+_RUN: dict[int | str, dict[str, Any]] = {
     200: {
+        "model": FollowedRunOut,
         "description": "The run as it ended, or as it waits; its events, if it is streamed.",
-        "content": {"text/event-stream": {}},
-    }
+        "content": events_of(EVENTS),
+    },
+    202: {"model": RunOut, "description": "The run, in the background."},
 }
-QUEUED: dict[int | str, dict[str, Any]] = {202: {"description": "The run, in the background."}}
 """For the OpenAPI document."""
 
 
+class AgentOut(BodyOut):
+    """An agent as it is served."""
+
+    id: str = Field(description="Its name, as in /v1/agents/NAME/runs.")
+    object: Literal["agent"] = "agent"
+    policy: str = Field(description="The adapter line that it acts by.")
+    live: str = Field(description="The version that new runs begin with, but for a canary's.")
+    tools: list[str] = Field(description="Names of the tools that it can call now.")
+
+
+class AgentsOut(BodyOut):
+    """Agents."""
+
+    object: Literal["list"] = "list"
+    data: list[AgentOut] = Field(description="In the order of their files.")
+
+
 @router.get("")
-async def list_agents(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def list_agents(services: ServicesOf, caller: CallerOf) -> AgentsOut:
     """The caller's agents, with their tools."""
-    data = [
-        {
-            "id": name,
-            "object": "agent",
-            "policy": agent.spec.policy,
-            "live": str(services.controller.live(agent.spec.policy)),
-            "tools": list(agent.toolbox.now().names),
-        }
-        for name, agent in services.agents_of(caller.tenant).items()
-    ]
-    return {"object": "list", "data": data}
+    return AgentsOut(
+        data=[
+            AgentOut(
+                id=name,
+                policy=agent.spec.policy,
+                live=str(services.controller.live(agent.spec.policy)),
+                tools=list(agent.toolbox.now().names),
+            )
+            for name, agent in services.agents_of(caller.tenant).items()
+        ]
+    )
 
 
-@router.post("/{name}/runs", responses={**RUN, **QUEUED, **refusals(NotFound, Conflict)})
+@router.post("/{name}/runs", responses={**_RUN, **refusals(NotFound, Conflict)})
 async def run(name: str, body: RunIn, services: ServicesOf, caller: CallerOf) -> Response:
     """Run one episode. Its first adapter is its only one, whatever is released meanwhile.
 
@@ -84,54 +88,3 @@ async def run(name: str, body: RunIn, services: ServicesOf, caller: CallerOf) ->
         run_json(name, outcome, started.adapter, turns),
         headers={EPISODE_HEADER: outcome.episode_id},
     )
-
-
-async def sse(
-    name: str, first: RunStarted, run: StartedRun, before: Sequence[Turn] = ()
-) -> AsyncIterator[str]:
-    """A run's events. The last one says how it ended, or what it waits for, with all its turns;
-    `before` are those of a run that waited."""
-    yield _sse_event("run.started", _event_json(first))
-    turns = list(before)
-    try:
-        async for event in run.events:
-            if isinstance(event, TurnRecorded):
-                turns.append(event.turn)
-            if isinstance(event, RunEnded | RunPaused):
-                kind = "run.ended" if isinstance(event, RunEnded) else "run.requires_action"
-                yield _sse_event(kind, run_json(name, event, run.adapter, turns))
-            else:
-                yield _sse_event(_EVENT_NAMES[type(event)], _event_json(event))
-    except Exception as error:
-        # The status line is long gone; the stream says it instead.
-        yield _sse_event("error", body_of(failure(error, first.episode_id)))
-    yield "data: [DONE]\n\n"
-
-
-_EVENT_NAMES: dict[type[RunEvent], str] = {
-    RunStarted: "run.started",
-    TextDelta: "turn.text.delta",
-    TurnSampled: "turn.sampled",
-    ToolStarted: "tool.started",
-    ToolFinished: "tool.finished",
-    TurnRecorded: "turn.recorded",
-}
-
-
-def _sse_event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-def _event_json(event: RunEvent) -> dict[str, Any]:
-    match event:
-        case RunStarted():
-            told: dict[str, Any] = {
-                "id": event.episode_id,
-                "agent": event.agent,
-                "model": str(event.adapter),
-            }
-        case TurnRecorded():
-            told = turn_json(event.turn)
-        case _:
-            told = finite(dataclasses.asdict(event))
-    return told

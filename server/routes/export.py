@@ -18,14 +18,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from feedback.export import ExportedEpisode, ExportQuery, pages
 from feedback.types import LATEST_TIME, Purpose
 from server.access.caller import CallerOf
-from server.export.rows import Contents, Row, as_lines, episode_row, feedback_rows
+from server.export.rows import (
+    Contents,
+    EpisodeRow,
+    FeedbackRow,
+    Row,
+    as_lines,
+    episode_row,
+    feedback_rows,
+)
 from server.services import Services, ServicesOf
+from server.streams import JSON_LINES, lines_of
 
 router = APIRouter(prefix="/v1/export", tags=["export"])
 
-_LINES = "application/jsonl"
-_ROWS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "One JSON object a line.", "content": {_LINES: {}}}
+_EPISODES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One JSON object a line.", "content": lines_of(EpisodeRow)}
+}
+_FEEDBACK: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One JSON object a line.", "content": lines_of(FeedbackRow)}
 }
 """For the OpenAPI document."""
 
@@ -48,7 +59,7 @@ class ExportIn(BaseModel):
     tokens: bool = Field(True, description="Whether to tell token ids and log-probabilities.")
 
 
-@router.get("/episodes", response_class=StreamingResponse, responses=_ROWS)
+@router.get("/episodes", response_class=StreamingResponse, responses=_EPISODES)
 async def export_episodes(
     services: ServicesOf, caller: CallerOf, query: Annotated[ExportIn, Query()]
 ) -> StreamingResponse:
@@ -60,7 +71,7 @@ async def export_episodes(
     return await _stream(services, caller.tenant, query, rows)
 
 
-@router.get("/feedback", response_class=StreamingResponse, responses=_ROWS)
+@router.get("/feedback", response_class=StreamingResponse, responses=_FEEDBACK)
 async def export_feedback(
     services: ServicesOf, caller: CallerOf, query: Annotated[ExportIn, Query()]
 ) -> StreamingResponse:
@@ -98,4 +109,4 @@ async def _stream(
         for page in chain([first], found):
             yield as_lines(row for one in page for row in rows(one, contents))
 
-    return StreamingResponse(lines(), media_type=_LINES)
+    return StreamingResponse(lines(), media_type=JSON_LINES)

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from typing_extensions import TypedDict
 
 from feedback.rows import ID_LENGTH
 from feedback.texts import is_storable
@@ -39,7 +40,7 @@ from server.errors import BadRequest, Conflict
 from server.judges.spec import JUDGE_PREFIX
 from server.refusals import refusals
 from server.services import ServicesOf
-from server.wire import WHOLE, BodyIn, receipt_json
+from server.wire import WHOLE, BodyIn, PlainJson, ReceiptOut, receipt_json
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
@@ -231,6 +232,20 @@ class FeedbackBatchIn(BodyIn):
     events: list[FeedbackIn] = Field(min_length=1, max_length=1000)
 
 
+class ReceiptsOut(TypedDict):
+    """What became of many statements, in their order."""
+
+    object: Literal["list"]
+    data: Annotated[list[ReceiptOut], Field(description="One for each statement.")]
+
+
+_RECEIPTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ReceiptOut | ReceiptsOut,
+        "description": "It is on disk: the receipt of one event, or a list of them for `events`.",
+    }
+}
+"""For the OpenAPI document."""
 _ONE_OR_MANY = {
     "oneOf": [
         {"$ref": "#/components/schemas/FeedbackIn"},
@@ -242,14 +257,14 @@ _ONE_OR_MANY = {
 
 @router.post(
     "",
-    responses=refusals(Conflict),
+    responses={**_RECEIPTS, **refusals(Conflict)},
     openapi_extra={"requestBody": {"content": {"application/json": {"schema": _ONE_OR_MANY}}}},
 )
 async def post_feedback(
     body: Annotated[dict[str, Any], Body()],
     services: ServicesOf,
     caller: CallerOf,
-) -> dict[str, Any]:
+) -> PlainJson:
     """Record one event, or `{"events": [...]}`. An episode that is not known yet is no error."""
     now = time.time()
     is_batch = "events" in body
@@ -268,7 +283,8 @@ async def post_feedback(
         await services.limits.take(caller.tenant, source, count)
     receipts = await services.log.add_feedback(said)
     if is_batch:
-        return {"object": "list", "data": [receipt_json(receipt) for receipt in receipts]}
+        told = [receipt_json(receipt) for receipt in receipts]
+        return PlainJson(ReceiptsOut(object="list", data=told))
     if receipts[0].status == "conflict":
         raise Conflict(
             f"event {receipts[0].event_id!r} of source {items[0].source!r} said something else "
@@ -276,7 +292,7 @@ async def post_feedback(
             code="event_conflict",
             param="event_id",
         )
-    return receipt_json(receipts[0])
+    return PlainJson(receipt_json(receipts[0]))
 
 
 def _events(

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Literal
 
 from fastapi import APIRouter, Request
 
 from server.errors import Unavailable
 from server.services import get_services
+from server.wire import BodyOut
 
 router = APIRouter(tags=["health"])
 
 logger = logging.getLogger("hone.server")
 
 
+class HealthOut(BodyOut):
+    """That the process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ReadyOut(BodyOut):
+    """That requests can be served."""
+
+    status: Literal["ready"] = "ready"
+
+
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
+async def healthz() -> HealthOut:
     """The process is alive."""
-    return {"status": "ok"}
+    return HealthOut()
 
 
 @router.get("/readyz")
-async def readyz(request: Request) -> dict[str, str]:
+async def readyz(request: Request) -> ReadyOut:
     """The engine and the database answer."""
     services = get_services(request)
     if not await services.engine.healthy():
@@ -43,4 +57,4 @@ async def readyz(request: Request) -> dict[str, str]:
         raise Unavailable(
             "the database does not answer; the server's log says why", code="record_unavailable"
         ) from error
-    return {"status": "ready"}
+    return ReadyOut()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ from server.access.settings import TenantName
 from server.errors import BadRequest, Forbidden, NotFound
 from server.refusals import refusals
 from server.services import ServicesOf
-from server.wire import BodyIn
+from server.wire import BodyIn, BodyOut
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
@@ -50,8 +50,39 @@ class KeyQuery(BaseModel):
     tenant: TenantName | None = None
 
 
+class KeyOut(BodyOut):
+    """A key, without its text."""
+
+    id: str = Field(description="Public: it stands in the key, and in logs.")
+    object: Literal["key"] = "key"
+    name: str = Field(description="For people: who or what uses it.")
+    tenant: str = Field(description="Whose it is.")
+    scopes: list[str] = Field(
+        description="What it may: inference, runs, approvals, feedback, admin. Sorted."
+    )
+    created_at: float = Field(description="Unix seconds.")
+    expires_at: float | None = Field(description="Unix seconds; null: never.")
+    revoked_at: float | None = Field(description="Unix seconds; null: it was not.")
+    last_used_at: float | None = Field(
+        description="Unix seconds, noted from time to time; null: never yet."
+    )
+
+
+class NewKeyOut(KeyOut):
+    """A key, with its text."""
+
+    key: str = Field(description="What requests carry. It is told this once.")
+
+
+class KeysOut(BodyOut):
+    """Keys."""
+
+    object: Literal["list"] = "list"
+    data: list[KeyOut] = Field(description="Newest first.")
+
+
 @router.post("")
-async def create_key(body: KeyIn, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def create_key(body: KeyIn, services: ServicesOf, caller: CallerOf) -> NewKeyOut:
     """Make a key. Its text is in this answer and nowhere else."""
     now = time.time()
     tenant = caller.tenant if body.tenant is None else body.tenant
@@ -65,13 +96,13 @@ async def create_key(body: KeyIn, services: ServicesOf, caller: CallerOf) -> dic
     key, text = mint(body.name, tenant, body.scopes, now=now, expires_at=body.expires_at)
     await asyncio.to_thread(services.keys.add, key)
     services.access.ring.forget()
-    return {**_key(key), "key": text}
+    return NewKeyOut(**_key(key).model_dump(), key=text)
 
 
 @router.get("")
 async def list_keys(
     services: ServicesOf, caller: CallerOf, query: Annotated[KeyQuery, Query()]
-) -> dict[str, Any]:
+) -> KeysOut:
     """Newest first, revoked ones too."""
     tenant = query.tenant
     if tenant is not None:
@@ -79,11 +110,11 @@ async def list_keys(
     elif not caller.is_operator:
         tenant = caller.tenant
     keys = await asyncio.to_thread(services.keys.listed, tenant)
-    return {"object": "list", "data": [_key(key) for key in keys]}
+    return KeysOut(data=[_key(key) for key in keys])
 
 
 @router.post("/{key_id}/revoke", responses=refusals(NotFound))
-async def revoke_key(key_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def revoke_key(key_id: str, services: ServicesOf, caller: CallerOf) -> KeyOut:
     """End a key for good: here at once, in other processes once they read keys again."""
     among = None if caller.is_operator else caller.tenant
     key = None
@@ -108,15 +139,14 @@ def _check_may(caller: Caller, tenant: str) -> None:
         )
 
 
-def _key(key: ApiKey) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "object": "key",
-        "name": key.name,
-        "tenant": key.tenant,
-        "scopes": sorted(key.scopes),
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "revoked_at": key.revoked_at,
-        "last_used_at": key.last_used_at,
-    }
+def _key(key: ApiKey) -> KeyOut:
+    return KeyOut(
+        id=key.id,
+        name=key.name,
+        tenant=key.tenant,
+        scopes=sorted(key.scopes),
+        created_at=key.created_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+        last_used_at=key.last_used_at,
+    )

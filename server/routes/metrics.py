@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import NotFound
@@ -16,7 +17,16 @@ from server.telemetry.readings import exposition
 router = APIRouter(tags=["metrics"])
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=refusals(NotFound))
+_TEXT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Prometheus' text format.",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
+"""For the OpenAPI document."""
+
+
+@router.get("/metrics", response_class=Response, responses={**_TEXT, **refusals(NotFound)})
 async def get_metrics(services: ServicesOf) -> Response:
     """Counters and gauges in Prometheus' text format, vLLM's own among them."""
     if services.metrics is None:

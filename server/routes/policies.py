@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter
 from pydantic import Field
 
-from feedback.finite import finite
 from policy.releases import (
-    Canary,
     NothingToRollBack,
     NotPromotable,
     ReleaseConflict,
@@ -22,6 +20,15 @@ from policy.types import Adapter, AdapterRef
 from server.access.caller import Caller, CallerOf
 from server.errors import Conflict, NotFound, Unavailable
 from server.refusals import refusals
+from server.routes.policy_answers import (
+    PinOut,
+    PoliciesOut,
+    PolicyLineOut,
+    PolicyOut,
+    PromotionOut,
+    RollbackOut,
+    policy_out,
+)
 from server.services import Services, ServicesOf
 from server.wire import WHOLE, BodyIn
 
@@ -56,35 +63,28 @@ class PinIn(BodyIn):
 
 
 @router.get("")
-async def list_policies(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def list_policies(services: ServicesOf, caller: CallerOf) -> PoliciesOut:
     """Every policy of the caller's, with what is live."""
-    data = [
-        {"id": policy, "object": "policy", "live": str(services.controller.live(policy))}
-        for policy in services.routing.policies_of(caller.tenant)
-    ]
-    return {"object": "list", "data": data}
+    return PoliciesOut(
+        data=[
+            PolicyLineOut(id=policy, live=str(services.controller.live(policy)))
+            for policy in services.routing.policies_of(caller.tenant)
+        ]
+    )
 
 
 @router.get("/{policy}", responses=refusals(NotFound))
-async def get_policy(policy: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def get_policy(policy: str, services: ServicesOf, caller: CallerOf) -> PolicyOut:
     """Versions with lineage and state, and every release event, oldest first."""
     _check_known(policy, services, caller)
     state, events, adapters = await asyncio.to_thread(_read, policy, services)
-    return {
-        "id": policy,
-        "object": "policy",
-        "live": str(services.controller.live(policy)),
-        "canary": None if state.canary is None else _canary(state.canary, services),
-        "rollback_to": _rollback_to(state),
-        "versions": _versions(policy, state, adapters, services),
-        "events": [_event(event) for event in events],
-    }
+    return policy_out(state, events, adapters, services)
 
 
 @router.post("/{policy}/rollback", responses=refusals(NotFound, Conflict))
 async def rollback(
     policy: str, services: ServicesOf, caller: CallerOf, body: RollbackIn | None = None
-) -> dict[str, Any]:
+) -> RollbackOut:
     """Take the canary back, or else the live version: no new episode has it when this answers."""
     _check_known(policy, services, caller)
     asked = body or RollbackIn()
@@ -93,19 +93,18 @@ async def rollback(
     except (NothingToRollBack, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_roll_back", param="to") from error
     await _follow(policy, services)
-    return {
-        "object": "policy.rollback",
-        "policy": policy,
-        "from": str(taken),
-        "live": str(services.controller.live(policy)),
-        "reason": asked.reason,
-    }
+    return RollbackOut(
+        policy=policy,
+        taken=str(taken),
+        live=str(services.controller.live(policy)),
+        reason=asked.reason,
+    )
 
 
 @router.post("/{policy}/promote", responses=refusals(NotFound, Conflict))
 async def promote(
     policy: str, services: ServicesOf, caller: CallerOf, body: PromoteIn | None = None
-) -> dict[str, Any]:
+) -> PromotionOut:
     """Make a version live by hand, past the gate or its trial; new episodes take it at once."""
     _check_known(policy, services, caller)
     asked = body or PromoteIn()
@@ -119,17 +118,16 @@ async def promote(
     except (NotPromotable, ReleaseConflict) as error:
         raise Conflict(str(error), code="cannot_promote", param="version") from error
     await _follow(policy, services)
-    return {
-        "object": "policy.promotion",
-        "policy": policy,
-        "from": str(before.live),
-        "live": str(services.controller.live(policy)),
-        "reason": asked.reason,
-    }
+    return PromotionOut(
+        policy=policy,
+        before=str(before.live),
+        live=str(services.controller.live(policy)),
+        reason=asked.reason,
+    )
 
 
 @router.post("/{policy}/pin", responses=refusals(NotFound, Conflict))
-async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) -> dict[str, Any]:
+async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) -> PinOut:
     """Keep a version on disk, or no longer. While it is live nothing replaces it by itself."""
     _check_known(policy, services, caller)
     ref = AdapterRef(policy, body.version)
@@ -139,7 +137,7 @@ async def pin(policy: str, services: ServicesOf, caller: CallerOf, body: PinIn) 
         )
     except ReleaseConflict as error:
         raise Conflict(str(error), code="cannot_pin", param="version") from error
-    return {"object": "policy.pin", "policy": policy, "id": str(ref), "pinned": body.pinned}
+    return PinOut(policy=policy, id=str(ref), pinned=body.pinned)
 
 
 async def _follow(policy: str, services: Services) -> None:
@@ -195,25 +193,6 @@ def _asked(state: ReleaseState, version: int | None) -> AdapterRef:
     )
 
 
-def _rollback_to(state: ReleaseState) -> str | None:
-    """What a rollback would leave live; the canary is taken back first."""
-    if state.canary is not None:
-        return str(state.live)
-    return None if state.live.is_base else str(state.previous)
-
-
-def _canary(canary: Canary, services: Services) -> dict[str, Any]:
-    evidence, copies = services.decider.evidence(canary), services.shadow.figures(canary.ref)
-    return {
-        "id": str(canary.ref),
-        "version": canary.ref.version,
-        "share": canary.share,
-        "why": "not looked at yet" if evidence is None else evidence.why,
-        "figures": {} if evidence is None else finite(evidence.figures),
-        "shadow": None if copies is None else finite(copies),
-    }
-
-
 def _check_known(policy: str, services: Services, caller: Caller) -> None:
     known = services.routing.policies_of(caller.tenant)
     if policy not in known:
@@ -232,48 +211,3 @@ def _read(
         services.releases.events(policy),
         services.registry.versions(policy),
     )
-
-
-def _versions(
-    policy: str, state: ReleaseState, adapters: list[Adapter], services: Services
-) -> list[dict[str, Any]]:
-    """Every version that has a folder or an event: a rejected folder may be unreadable."""
-    published = {adapter.ref.version: adapter for adapter in adapters}
-    return [
-        {
-            **_version(AdapterRef(policy, number), published.get(number)),
-            "state": state.states.get(number),
-            "pinned": number in state.pinned,
-            "resident": AdapterRef(policy, number) in services.controller.resident,
-            "leases": services.leases.count(AdapterRef(policy, number)),
-        }
-        for number in sorted(published.keys() | (state.states.keys() - {0}))
-    ]
-
-
-def _version(ref: AdapterRef, adapter: Adapter | None) -> dict[str, Any]:
-    if adapter is None:
-        return {"id": str(ref), "version": ref.version, "published": False}
-    return {
-        "id": str(ref),
-        "version": ref.version,
-        "published": True,
-        "parent": None if adapter.parent is None else str(adapter.parent),
-        "digest": adapter.digest,
-        "rank": adapter.rank,
-        "metrics": finite(adapter.metrics),
-        "created_at": adapter.created_at,
-    }
-
-
-def _event(event: ReleaseEvent) -> dict[str, Any]:
-    return {
-        "sequence": event.sequence,
-        "version": event.ref.version,
-        "state": event.state,
-        "actor": event.actor,
-        "reason": event.reason,
-        "share": event.share,
-        "figures": finite(event.figures),
-        "at": event.at,
-    }

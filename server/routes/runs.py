@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from feedback.errors import EpisodeEnded, EpisodeMissing
 from feedback.runs import Decision, Run
@@ -16,10 +17,11 @@ from server.access.caller import CallerOf
 from server.agent_runs import RunStream
 from server.errors import Conflict, NotFound
 from server.refusals import refusals
-from server.routes.agents import RUN, sse
-from server.run_wire import run_json, stored_json
+from server.run_events import EVENTS, sse
+from server.run_wire import FollowedRunOut, RunOut, run_json, stored_json
 from server.services import Services, ServicesOf
-from server.wire import EPISODE_HEADER, BodyIn
+from server.streams import events_of
+from server.wire import EPISODE_HEADER, BodyIn, PlainJson
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
@@ -64,25 +66,46 @@ class OutputsIn(BodyIn):
     stream: bool = False
 
 
-@router.get("")
+class RunsOut(TypedDict):
+    """Runs."""
+
+    object: Literal["list"]
+    data: Annotated[list[RunOut], Field(description="The most urgent first.")]
+
+
+_RUN: dict[int | str, dict[str, Any]] = {200: {"model": RunOut, "description": "The run."}}
+_RUNS: dict[int | str, dict[str, Any]] = {200: {"model": RunsOut, "description": "The runs."}}
+_GONE_ON: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": FollowedRunOut | RunOut,
+        "description": "The run as it ended, or as it waits; how it stands, in the background or "
+        "while more is awaited; its events, if it is streamed.",
+        "content": events_of(EVENTS),
+    }
+}
+"""For the OpenAPI document."""
+
+
+@router.get("", responses=_RUNS)
 async def list_waiting_runs(
     services: ServicesOf, caller: CallerOf, query: Annotated[WaitingQuery, Query()]
-) -> dict[str, Any]:
+) -> PlainJson:
     """The runs that wait for somebody, the most urgent first."""
     store = services.runs.store
     ids = await asyncio.to_thread(store.waiting, caller.tenant, query.limit)
     found = [await asyncio.to_thread(store.run, run_id, caller.tenant) for run_id in ids]
-    return {"object": "list", "data": [_shown(run, services) for run in found if run is not None]}
+    shown = [_shown(run, services) for run in found if run is not None]
+    return PlainJson(RunsOut(object="list", data=shown))
 
 
-@router.get("/{run_id}", responses=refusals(NotFound))
-async def get_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+@router.get("/{run_id}", responses={**_RUN, **refusals(NotFound)})
+async def get_run(run_id: str, services: ServicesOf, caller: CallerOf) -> PlainJson:
     """One run as it stands, whoever drives it."""
-    return _shown(await _run(run_id, services, caller.tenant), services)
+    return PlainJson(_shown(await _run(run_id, services, caller.tenant), services))
 
 
-@router.post("/{run_id}/cancel", responses=refusals(NotFound))
-async def cancel_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+@router.post("/{run_id}/cancel", responses={**_RUN, **refusals(NotFound)})
+async def cancel_run(run_id: str, services: ServicesOf, caller: CallerOf) -> PlainJson:
     """End a run. One that another server drives ends within seconds; one that is over stays so."""
     try:
         await services.runs.cancel(run_id, caller.tenant)
@@ -90,13 +113,13 @@ async def cancel_run(run_id: str, services: ServicesOf, caller: CallerOf) -> dic
         raise _missing(run_id) from error
     except EpisodeEnded:
         pass
-    return _shown(await _run(run_id, services, caller.tenant), services)
+    return PlainJson(_shown(await _run(run_id, services, caller.tenant), services))
 
 
-@router.post("/{run_id}/approvals", responses=refusals(NotFound, Conflict))
+@router.post("/{run_id}/approvals", responses={**_RUN, **refusals(NotFound, Conflict)})
 async def decide_calls(
     run_id: str, body: ApprovalsIn, services: ServicesOf, caller: CallerOf
-) -> dict[str, Any]:
+) -> PlainJson:
     """Approve or refuse calls. With the last one decided, the run goes on in the background."""
     decisions = [
         Decision(each.call_id, each.approve, body.by, each.reason) for each in body.approvals
@@ -109,10 +132,10 @@ async def decide_calls(
         raise _missing(run_id) from error
     except EpisodeEnded as error:
         raise Conflict(str(error), code="run_ended") from error
-    return _shown(await _run(run_id, services, caller.tenant), services)
+    return PlainJson(_shown(await _run(run_id, services, caller.tenant), services))
 
 
-@router.post("/{run_id}/tool_outputs", responses={**RUN, **refusals(NotFound, Conflict)})
+@router.post("/{run_id}/tool_outputs", responses={**_GONE_ON, **refusals(NotFound, Conflict)})
 async def supply_outputs(
     run_id: str, body: OutputsIn, services: ServicesOf, caller: CallerOf
 ) -> Response:
@@ -157,6 +180,6 @@ def _missing(run_id: str) -> NotFound:
     )
 
 
-def _shown(run: Run, services: Services) -> dict[str, Any]:
+def _shown(run: Run, services: Services) -> RunOut:
     agent = services.agents.get(run.episode.agent or "")
     return stored_json(run, services.chat, None if agent is None else agent.spec.price)

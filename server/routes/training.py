@@ -19,28 +19,43 @@ from server.access.caller import Caller, CallerOf
 from server.errors import Conflict, TooManyRequests, Unavailable
 from server.pauses import Pause, Pauses
 from server.refusals import refusals
+from server.routes.training_answers import (
+    CountsOut,
+    NoTrainerOut,
+    PausedOut,
+    PauseOverOut,
+    PausesOut,
+    PolicyStateName,
+    PolicyTrainingOut,
+    TrainerOut,
+    TrainingOut,
+    TrainingRunOut,
+)
 from server.services import Services, ServicesOf
+from server.streams import JSON_LINES, lines_of
 
 router = APIRouter(prefix="/v1/training", tags=["training"])
 
 RUNS_SHOWN = 10
-_LINES = "application/jsonl"
 _PAUSE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "One JSON object a line, of which there are two.", "content": {_LINES: {}}}
+    200: {
+        "description": "One JSON object a line, of which there are two.",
+        "content": lines_of(PausedOut, PauseOverOut),
+    }
 }
+"""For the OpenAPI document."""
 
 
 @router.get("")
-async def get_training(services: ServicesOf, caller: CallerOf) -> dict[str, Any]:
+async def get_training(services: ServicesOf, caller: CallerOf) -> TrainingOut:
     """The trainer process, and for each policy its counts, its next trigger and its last runs."""
     policies = {agent.spec.policy for agent in services.agents_of(caller.tenant).values()}
     data = [await asyncio.to_thread(_policy, policy, services) for policy in sorted(policies)]
-    return {
-        "object": "training",
-        "trainer": _trainer(services),
-        "pauses": _pauses(services.pauses, caller),
-        "policies": data,
-    }
+    return TrainingOut(
+        trainer=_trainer(services),
+        pauses=_pauses(services.pauses, caller),
+        policies=data,
+    )
 
 
 @router.post(
@@ -64,7 +79,7 @@ class _HeldPause(StreamingResponse):
     """An answer that lasts as long as the pause, and the pause as long as it."""
 
     def __init__(self, pause: Pause) -> None:
-        super().__init__(_lines(pause), media_type=_LINES)
+        super().__init__(_lines(pause), media_type=JSON_LINES)
         self._pause = pause
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,33 +90,35 @@ class _HeldPause(StreamingResponse):
 
 
 async def _lines(pause: Pause) -> AsyncIterator[str]:
-    def line(**more: Any) -> str:
-        return json.dumps({"object": "training.pause", **more}) + "\n"
-
-    yield line(state="paused", seconds=pause.left)
+    paused = PausedOut(object="training.pause", state="paused", seconds=pause.left)
+    yield json.dumps(paused) + "\n"
     await pause.over.wait()
-    yield line(state="over", ended=pause.ended)
+    over = PauseOverOut(object="training.pause", state="over", ended=pause.ended)
+    yield json.dumps(over) + "\n"
 
 
-def _pauses(pauses: Pauses, caller: Caller) -> dict[str, Any]:
+def _pauses(pauses: Pauses, caller: Caller) -> PausesOut:
     fault = pauses.fault
     if fault is not None and not caller.is_operator:
         fault = "the engine failed its proof after a pause"  # The whole names others' versions.
-    return {
-        "enabled": pauses.enabled,
-        "paused": pauses.paused,
-        "fault": fault,
-        **dataclasses.asdict(pauses.figures),
-    }
+    figures = pauses.figures
+    return PausesOut(
+        enabled=pauses.enabled,
+        paused=pauses.paused,
+        fault=fault,
+        count=figures.count,
+        seconds=figures.seconds,
+        longest_seconds=figures.longest_seconds,
+    )
 
 
-def _trainer(services: Services) -> dict[str, Any]:
+def _trainer(services: Services) -> TrainerOut | NoTrainerOut:
     if services.trainer is None:
-        return {"enabled": False, "alive": False}
-    return {"enabled": True, **dataclasses.asdict(services.trainer.state)}
+        return NoTrainerOut()
+    return TrainerOut(**dataclasses.asdict(services.trainer.state))
 
 
-def _policy(policy: str, services: Services) -> dict[str, Any]:
+def _policy(policy: str, services: Services) -> PolicyTrainingOut:
     spec = services.learning(policy)
     state = services.releases.state(policy)
     readiness = services.store.readiness(
@@ -110,19 +127,18 @@ def _policy(policy: str, services: Services) -> dict[str, Any]:
         oldest_version=state.live_before(spec.training.max_staleness),
     )
     runs = services.store.training_runs(policy, RUNS_SHOWN)
-    return {
-        "policy": policy,
-        "live": str(state.live),
-        "state": _state(readiness, state, services),
-        "why": _why(readiness, state, services),
-        "next_trigger": _next_trigger(readiness, state),
-        "counts": _counts(readiness),
-        "runs": [finite(dataclasses.asdict(run)) for run in runs],
-    }
+    return PolicyTrainingOut(
+        policy=policy,
+        live=str(state.live),
+        state=_state(readiness, state, services),
+        why=_why(readiness, state, services),
+        next_trigger=_next_trigger(readiness, state),
+        counts=_counts(readiness),
+        runs=[TrainingRunOut(**finite(dataclasses.asdict(run))) for run in runs],
+    )
 
 
-def _state(readiness: Readiness, state: ReleaseState, services: Services) -> str:
-    """off, down, training, canary, pinned, triggered or waiting."""
+def _state(readiness: Readiness, state: ReleaseState, services: Services) -> PolicyStateName:
     if services.trainer is None:
         return "off"
     if not services.trainer.state.alive:
@@ -169,15 +185,15 @@ def _why_on_trial(canary: Canary, readiness: Readiness, services: Services) -> s
     )
 
 
-def _counts(readiness: Readiness) -> dict[str, Any]:
-    return {
-        "ready": readiness.ready,
-        "waiting_for_outcome": readiness.waiting_for_outcome,
-        "immature": readiness.immature,
-        "running": readiness.running,
-        "claimed": readiness.claimed,
-        "trained": readiness.trained,
-        "held_back": readiness.held_back,
-        "late": readiness.late,
-        "dropped": dict(readiness.dropped),
-    }
+def _counts(readiness: Readiness) -> CountsOut:
+    return CountsOut(
+        ready=readiness.ready,
+        waiting_for_outcome=readiness.waiting_for_outcome,
+        immature=readiness.immature,
+        running=readiness.running,
+        claimed=readiness.claimed,
+        trained=readiness.trained,
+        held_back=readiness.held_back,
+        late=readiness.late,
+        dropped=dict(readiness.dropped),
+    )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from feedback.events import Receipt
 from feedback.webhooks.mapping import Unmappable
@@ -26,15 +28,41 @@ from server.errors import (
 )
 from server.refusals import refusals
 from server.services import ServicesOf
-from server.wire import receipt_json
+from server.wire import PlainJson, ReceiptOut, receipt_json
 
 router = APIRouter(prefix="/v1/webhooks", tags=["feedback"])
 
 logger = logging.getLogger("hone.webhooks")
 
 
-@router.post("/{source}", responses=refusals(Unauthorized, NotFound, BodyTooLarge, TooManyRequests))
-async def receive_webhook(source: str, request: Request, services: ServicesOf) -> dict[str, Any]:
+WebhookStatus = Literal["conflict", "recorded", "duplicate", "ignored"]
+
+
+class WebhookReceiptOut(TypedDict):
+    """What became of one message."""
+
+    object: Literal["webhook.receipt"]
+    status: Annotated[
+        WebhookStatus,
+        Field(
+            description="Of its events the most telling one's, in this order; ignored: it says "
+            "nothing that the source's file asks for."
+        ),
+    ]
+    data: Annotated[list[ReceiptOut], Field(description="One for each of its events.")]
+
+
+_RECEIPT: dict[int | str, dict[str, Any]] = {
+    200: {"model": WebhookReceiptOut, "description": "Done; the same again changes nothing."}
+}
+"""For the OpenAPI document."""
+
+
+@router.post(
+    "/{source}",
+    responses={**_RECEIPT, **refusals(Unauthorized, NotFound, BodyTooLarge, TooManyRequests)},
+)
+async def receive_webhook(source: str, request: Request, services: ServicesOf) -> PlainJson:
     """Record what a declared source sends. Acknowledged means on disk, twice is once."""
     webhook = services.webhooks.get(source)
     if webhook is None:
@@ -54,17 +82,14 @@ async def receive_webhook(source: str, request: Request, services: ServicesOf) -
         raise Unauthorized(said.detail, code="invalid_signature")
     await services.limits.take(webhook.spec.tenant, webhook.source, len(said))
     receipts = await services.log.add_feedback(said) if said else []
-    return {
-        "object": "webhook.receipt",
-        "status": _status(receipts),
-        "data": [receipt_json(receipt) for receipt in receipts],
-    }
+    told = [receipt_json(receipt) for receipt in receipts]
+    return PlainJson(
+        WebhookReceiptOut(object="webhook.receipt", status=_status(receipts), data=told)
+    )
 
 
-def _status(receipts: Sequence[Receipt]) -> str:
+def _status(receipts: Sequence[Receipt]) -> WebhookStatus:
     """The most telling of the events' statuses."""
     statuses = {receipt.status for receipt in receipts}
-    for status in ("conflict", "recorded", "duplicate"):
-        if status in statuses:
-            return status
-    return "ignored"
+    telling: tuple[WebhookStatus, ...] = ("conflict", "recorded", "duplicate")
+    return next((status for status in telling if status in statuses), "ignored")
