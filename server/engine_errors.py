@@ -17,6 +17,7 @@ from server.errors import error_body
 
 _STREAMED = b'data: {"error"'
 """How vLLM begins the event of an error, which it sends as a piece of its own."""
+TEXT_ONLY = "the model reads text only; send no images, audio or video"
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -95,7 +96,7 @@ def _translated(body: bytes) -> bytes:
     if status is None:  # ours, raised within the engine's route
         return body
     error = json.loads(body)["error"]
-    message = str(error.get("message", ""))
+    message = _message(str(error.get("message", "")))
     kind = "invalid_request_error" if status < 500 else "server_error"
     shaped = error_body(
         message,
@@ -104,6 +105,11 @@ def _translated(body: bytes) -> bytes:
         param=error.get("param"),
     )
     return json.dumps(shaped).encode()
+
+
+def _message(said: str) -> str:
+    # There vLLM calls the model by its folder on this machine, which is nobody's business.
+    return TEXT_ONLY if "is not a multimodal model" in said else said
 
 
 def _code(message: str, status: int) -> str | None:

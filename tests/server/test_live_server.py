@@ -199,16 +199,18 @@ def test_tool_calls_join_their_conversation(live: Live) -> None:
     assert second.headers["x-hone-episode"] == first.headers["x-hone-episode"]
 
 
-def test_errors_of_ours_and_of_vllms_have_one_shape(live: Live) -> None:
+def test_errors_of_ours_and_of_vllms_have_one_shape(live: Live, tiny_model: Path) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         live.client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert missing.value.code == "model_not_found"
     long: Any = [{"role": "user", "content": "hello " * 600}]
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     for body, code in (
         ({"max_tokens": -1}, "invalid_value"),
         ({"messages": 3}, "invalid_value"),
         ({"temperature": "hot"}, "invalid_value"),
         ({"temperature": 9}, "invalid_value"),
+        ({"messages": [{"role": "user", "content": [picture]}]}, "invalid_value"),
         ({"messages": long}, "context_length_exceeded"),
         ({"messages": long, "stream": True}, "context_length_exceeded"),
     ):
@@ -221,6 +223,7 @@ def test_errors_of_ours_and_of_vllms_have_one_shape(live: Live) -> None:
         assert (refused.value.code, refused.value.type) == (code, "invalid_request_error")
         assert isinstance(refused.value.body, dict)
         assert refused.value.body["message"]
+        assert str(tiny_model.parent) not in refused.value.body["message"]
 
 
 def test_an_agent_run_and_its_feedback(live: Live) -> None:
