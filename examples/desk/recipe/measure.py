@@ -51,11 +51,12 @@ def attempt_all(
 ) -> list[Attempt]:
     """Work every task in lock-step, turn by turn. `temperature` 0 takes the likeliest token."""
     attempts = [_begin(tokenizer, task) for task in tasks]
+    contexts = _Contexts(model, attempts)
     for _ in range(MAX_TURNS):
-        open_ones = [a for a in attempts if not a.finished]
-        if not open_ones:
+        _sample_turn(tokenizer, contexts, temperature)
+        contexts.drop_finished()
+        if not contexts.attempts:
             break
-        _sample_turn(model, tokenizer, open_ones, temperature)
     return attempts
 
 
@@ -79,39 +80,69 @@ def _begin(tokenizer: Tokenizer, task: Task) -> Attempt:
     return Attempt(task, desk, ids, [False] * len(ids))
 
 
-@torch.no_grad()
-def _sample_turn(
-    model: Any, tokenizer: Tokenizer, attempts: Sequence[Attempt], temperature: float
-) -> None:
-    end = tokenizer.token_to_id("<|im_end|>")
-    width = max(len(a.ids) for a in attempts)
-    ids_BT = torch.zeros(len(attempts), width, dtype=torch.long)
-    mask_BT = torch.zeros(len(attempts), width, dtype=torch.long)
-    for row, attempt in enumerate(attempts):
-        ids_BT[row, width - len(attempt.ids) :] = torch.tensor(attempt.ids)
-        mask_BT[row, width - len(attempt.ids) :] = 1
-    said: list[list[int]] = [[] for _ in attempts]
-    cache = None
-    for _ in range(MAX_TURN_TOKENS):
-        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-        out = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions,
-            past_key_values=cache,
+class _Contexts:
+    """Attempts and what the model has read of each: rows of one cache, with gaps."""
+
+    def __init__(self, model: Any, attempts: Sequence[Attempt]) -> None:
+        self._model = model
+        self._cache: Any = None
+        self._mask_BT = torch.zeros(len(attempts), 0, dtype=torch.long)
+        self.attempts = list(attempts)
+
+    @property
+    def unread(self) -> list[list[int]]:
+        """The ids of each attempt that are still to be fed."""
+        read = self._mask_BT.sum(1).tolist()
+        return [attempt.ids[count:] for attempt, count in zip(self.attempts, read, strict=True)]
+
+    @torch.no_grad()
+    def feed(self, new: Sequence[Sequence[int]]) -> Tensor:
+        """Read on; [B, V] logits of what comes next. A row without new ids stays as it is, and
+        its logits mean nothing."""
+        width = max(map(len, new))
+        ids_BW = torch.zeros(len(new), width, dtype=torch.long)
+        mask_BW = torch.zeros(len(new), width, dtype=torch.long)
+        for row, ids in enumerate(new):
+            if ids:
+                ids_BW[row, -len(ids) :] = torch.tensor(ids)
+                mask_BW[row, -len(ids) :] = 1
+        self._mask_BT = torch.cat([self._mask_BT, mask_BW], dim=1)
+        out = self._model(
+            input_ids=ids_BW,
+            attention_mask=self._mask_BT,
+            position_ids=(self._mask_BT.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
-        chosen_B, logprob_B = _draw(out.logits[:, -1].float(), temperature)
+        self._cache = out.past_key_values
+        logits_BV: Tensor = out.logits[:, -1].float()
+        return logits_BV
+
+    def drop_finished(self) -> None:
+        rows = [row for row, attempt in enumerate(self.attempts) if not attempt.finished]
+        if len(rows) < len(self.attempts):
+            self._cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+            self._mask_BT = self._mask_BT[rows]
+            self.attempts = [self.attempts[row] for row in rows]
+
+
+def _sample_turn(tokenizer: Tokenizer, contexts: _Contexts, temperature: float) -> None:
+    end = tokenizer.token_to_id("<|im_end|>")
+    attempts = contexts.attempts
+    said: list[list[int]] = [[] for _ in attempts]
+    new = contexts.unread
+    for _ in range(MAX_TURN_TOKENS):
+        chosen_B, logprob_B = _draw(contexts.feed(new), temperature)
         for row, attempt in enumerate(attempts):
-            if not said[row] or said[row][-1] != end:
+            if new[row]:
                 said[row].append(int(chosen_B[row]))
                 attempt.logprobs.append(float(logprob_B[row]))
-        if all(tokens[-1] == end for tokens in said):
+        new = [
+            [ids[-1]] if fed and ids[-1] != end else [] for fed, ids in zip(new, said, strict=True)
+        ]
+        if not any(new):
             break
-        ids_BT = chosen_B[:, None]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(attempts), 1)], dim=1)
     for attempt, tokens in zip(attempts, said, strict=True):
         attempt.ids += tokens
         attempt.sampled += [True] * len(tokens)
