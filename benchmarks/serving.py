@@ -1,6 +1,7 @@
 """What serving through Hone costs beside the stock vLLM server, and what a swap costs under load.
 
-    python -m benchmarks.serving speed [--clients 1 16 64] [--rounds 5] [--seconds 6]
+    python -m benchmarks.serving speed [--models adapter base] [--modes plain streamed]
+                                       [--clients 1 16 64] [--rounds 5] [--seconds 6]
     python -m benchmarks.serving swaps [--swaps 1000] [--streams 16]
 
 `speed` starts both servers on the pocket policy with the same vLLM flags and the same adapter, and
@@ -305,7 +306,7 @@ async def _round(server: Server, load: Load) -> Round:
     return Round(len(answers) / seconds, first_token, cpu / len(answers))
 
 
-def speed(clients: Sequence[int], rounds: int, seconds: float) -> None:
+def speed(loads: Sequence[Load], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         adapter = make_adapter(folder / "draft", seed=1)
@@ -316,10 +317,7 @@ def speed(clients: Sequence[int], rounds: int, seconds: float) -> None:
                 f"{'':26} |      requests per s     |   ms to first token     |  CPU ms a request"
             )
             print("model    mode      clients" + " |   stock    hone  ratio" * 3)
-            for model, stream, count in itertools.product(
-                ("adapter", "base"), (False, True), clients
-            ):
-                load = Load(model, stream, count, seconds)
+            for load in loads:
                 _print(load, *asyncio.run(_alternate((theirs, ours), load, rounds)))
 
 
@@ -462,6 +460,12 @@ def main() -> None:
     )
     what = parser.add_subparsers(dest="what", required=True)
     of_speed = what.add_parser("speed")
+    of_speed.add_argument(
+        "--models", nargs="+", choices=("adapter", "base"), default=("adapter", "base")
+    )
+    of_speed.add_argument(
+        "--modes", nargs="+", choices=("plain", "streamed"), default=("plain", "streamed")
+    )
     of_speed.add_argument("--clients", type=int, nargs="+", default=(1, 16, 64))
     of_speed.add_argument("--rounds", type=int, default=5)
     of_speed.add_argument("--seconds", type=float, default=6)
@@ -470,7 +474,13 @@ def main() -> None:
     of_swaps.add_argument("--streams", type=int, default=16)
     options = parser.parse_args()
     if options.what == "speed":
-        speed(options.clients, options.rounds, options.seconds)
+        loads = [
+            Load(model, mode == "streamed", count, options.seconds)
+            for model, mode, count in itertools.product(
+                options.models, options.modes, options.clients
+            )
+        ]
+        speed(loads, options.rounds)
     else:
         swaps(options.swaps, options.streams)
 
