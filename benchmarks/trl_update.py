@@ -155,8 +155,8 @@ def _sample(entry: Mapping[str, Any]) -> Sample:
     return Sample((row,), 1.0, 1.0, stale=False)
 
 
-def episode_of(entry: Mapping[str, Any], number: int) -> Episode:
-    """As the record holds it: a turn for each run of sampled ids."""
+def turns_of(entry: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """As the record holds them: a turn for each run of sampled ids."""
     turns: list[Turn] = []
     context, said = list(entry["prompt"]), iter(entry["logprobs"])
     sampled: list[int] = []
@@ -170,7 +170,12 @@ def episode_of(entry: Mapping[str, Any], number: int) -> Episode:
             context += sampled
             sampled = []
         context.append(id)
-    return Episode(f"{number:05d}", "line", 0, f"task/{entry['task']}", 0.0, turns=tuple(turns))
+    return tuple(turns)
+
+
+def _item(entry: Mapping[str, Any], number: int) -> Item:
+    key, turns = f"task/{entry['task']}", turns_of(entry)
+    return Item(Episode(f"{number:05d}", "line", 0, key, 0.0, turns=turns), entry["reward"])
 
 
 def run_ours(
@@ -181,7 +186,7 @@ def run_ours(
     spec = TrainingSpec(minibatch_episodes=MINIBATCH)
     algorithm = chosen(spec)
     model.attach(rank=spec.rank, alpha=spec.alpha, seed=0, start=None)
-    items = [Item(episode_of(entry, at), entry["reward"]) for at, entry in enumerate(log)]
+    items = [_item(entry, at) for at, entry in enumerate(log)]
     optimizer = new_optimizer(model, spec.learning_rate, None)
     before = resident()
 
