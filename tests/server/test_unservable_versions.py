@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,13 +209,15 @@ async def test_an_engine_that_refuses_the_canary_takes_it_back_and_the_live_one_
 async def test_a_candidate_that_the_engine_refuses_for_a_while_is_tried_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.residency, "PAUSE_SECONDS", 0.05)
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr(server.residency, "time", clock)
     ref = site.candidate().ref
     site.engine.refused = {ref}
     for _ in range(5):
         await site.controller.reconcile()
     assert site.releases.state("desk").candidates == (ref,), "one refusal, and then a pause"
-    await asyncio.sleep(0.06)
+    now += server.residency.PAUSE_SECONDS
     site.engine.refused = ()
     await site.controller.reconcile()
     assert site.releases.state("desk").loaded == (ref,)
