@@ -153,17 +153,17 @@ async def use(engine, moment):
     ends = await moment(engine, lambda number: os.kill(engine.process_id, number))
     return ends | {"healthy": await engine.healthy()}
 
-def live(moment, seconds_spent):
+def live(moment, imports):
     engine = create_vllm_engine(
         sys.argv[1], ModelSettings(),
         EngineSettings(max_model_len=512, max_num_seqs=4, max_loras=2, kv_cache_mb=16),
     )
     ends = asyncio.run(use(engine, moment))
     engine.shutdown()
-    ends |= {"children": children(), "cheap": seconds_spent + cost() < 15}
+    ends |= {"children": children(), "cheap": cost() < imports}
     print(json.dumps({moment.__name__: ends}), flush=True)
 
-imports = cost()  # Once for all: it costs more than the engines do.
+imports = cost()  # Once for all.
 for moment in (before_the_first_request, after_the_first_was_sent, in_mid_stream):
     if os.fork() == 0:
         try:
@@ -232,7 +232,7 @@ def test_a_killed_engine_process_is_reported_to_whoever_waits(
 ) -> None:
     """vLLM alone lets the first request of all, and every load, wait for ever.
 
-    And a start costs at most 15 s of processor time, imports included.
+    And a start costs less processor time than the imports do, on any machine.
     """
     said_of_each, _ = owners["deaths"].communicate(timeout=90)
     ends: dict[str, dict[str, object]] = {}
