@@ -218,20 +218,20 @@ def test_tokens_of_chats_and_runs_are_counted(limited: House, tenant: str, model
 
 def test_one_at_a_time(limited: House) -> None:
     key = make_key(limited, scopes=["inference"], tenant="narrow")["key"]
-    statuses: list[int] = []
+    statuses: dict[str, int] = {}
 
-    def ask() -> None:
+    def ask(when: str) -> None:
         asked = {"model": "pocket", "messages": ASK}
         with client_of(limited, key) as client:
-            statuses.append(client.post("/v1/chat/completions", json=asked).status_code)
+            statuses[when] = client.post("/v1/chat/completions", json=asked).status_code
 
-    first = threading.Thread(target=ask)
+    first = threading.Thread(target=ask, args=["first"])
     first.start()
     limited.until(lambda: bool(limited.services.access.limits._running))
-    ask()
+    ask("beside it")
     first.join()
-    ask()
-    assert statuses == [429, 200, 200]
+    ask("after it")
+    assert statuses == {"first": 200, "beside it": 429, "after it": 200}
 
 
 async def test_a_client_that_hangs_up_gives_its_place_back(limited: House) -> None:
