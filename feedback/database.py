@@ -90,6 +90,22 @@ def insert_absent(connection: Connection, table: Table) -> sqlite.Insert | postg
     return statement.on_conflict_do_nothing()
 
 
+def reserved_ids(connection: Connection, table: Table, count: int) -> Sequence[int]:
+    """Ascending ids, for rows that are written in another order than that of their ids.
+
+    Who writes several rows at once that others may write too does so in the order of their keys:
+    Postgres has them wait for one another, and in two orders that would be a ring. On SQLite there
+    is one writer at a time: rows are written as they come, and no ids are needed.
+    """
+    if not _is_postgres(connection):
+        return []
+    query = text(
+        "SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count)"
+    )
+    found = connection.execute(query, {"table": table.name, "count": count})
+    return sorted(found.scalars())
+
+
 def transaction_id(connection: Connection) -> str | None:
     """Names the running transaction, for `has_committed`. None on SQLite: a commit that raised
     there did not happen."""

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
@@ -123,6 +123,7 @@ def begin(connection: Connection, begun: Sequence[Episode], owner: str | None = 
             row, standing = standing.with_turn(episode.id, turn)
             turns.append(row)
         rows.append(_episode_values(episode) | dataclasses.asdict(standing) | {"owner": owner})
+    rows.sort(key=itemgetter("id"))  # as `reserved_ids` says
     statement = insert_absent(connection, EPISODE).returning(EPISODE.c.id)
     written = Counter(connection.execute(statement, rows).scalars())
     for episode in begun:

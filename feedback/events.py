@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -29,7 +30,7 @@ from sqlalchemy import (
 
 from feedback import amendments
 from feedback.addressing import Begun, addressed
-from feedback.database import in_pieces, insert_absent
+from feedback.database import in_pieces, insert_absent, reserved_ids
 from feedback.locks import lock_items
 from feedback.rows import EPISODE, FEEDBACK, ID_LENGTH, ITEM, SHORT_TASK
 from feedback.texts import is_storable
@@ -323,10 +324,15 @@ def _insert(connection: Connection, events: Sequence[FeedbackEvent]) -> set[_Key
     """Keys of the events that were not there yet, and now are."""
     if not events:
         return set()
+    values = [_values(event) for event in events]
+    if len(events) > 1 and (ids := reserved_ids(connection, FEEDBACK, len(events))):
+        # Written by key, numbered as they came.
+        numbered = zip(map(_key, events), ids, values, strict=True)
+        values = [value | {"id": id} for _, id, value in sorted(numbered, key=itemgetter(0))]
     statement = insert_absent(connection, FEEDBACK).returning(
         FEEDBACK.c.tenant, FEEDBACK.c.source, FEEDBACK.c.event_id
     )
-    rows = connection.execute(statement, [_values(event) for event in events])
+    rows = connection.execute(statement, values)
     return {(row.tenant, row.source, row.event_id) for row in rows}
 
 

@@ -64,6 +64,26 @@ def test_events_that_arrive_everywhere_at_once_are_recorded_once(store: Store) -
     assert sum(len(store.feedback(f"e{i}")) for i in range(5)) == 40
 
 
+def test_events_that_come_in_two_orders_wait_in_no_ring(store: Store) -> None:
+    """Both wait for the event between, and then each would want what the other one has."""
+    first, between, last = (event(name, "e") for name in ("x1", "x2", "x3"))
+    with ThreadPoolExecutor(2) as pool:
+        with writing(store.database).begin() as connection:
+            events.add(connection, [between])
+            orders = ([first, between, last], [last, between, first])
+            futures = [pool.submit(store.add_feedback, order) for order in orders]
+            wait(futures, timeout=0.5)
+        answers = [[r.status for r in future.result(timeout=30)] for future in futures]
+    assert sorted(status for answer in answers for status in answer) == [
+        *["duplicate"] * 4, *["recorded"] * 2
+    ]  # fmt: skip
+
+
+def test_events_of_one_call_are_kept_in_its_order(store: Store) -> None:
+    store.add_feedback([event(name, "e") for name in ("x9", "x1", "x5")])
+    assert [said.event_id for said in store.feedback("e")] == ["x9", "x1", "x5"]
+
+
 def test_an_episode_id_that_many_begin_is_one_s(store: Store) -> None:
     outcomes = at_once(6, lambda _: store.begin(episode("e", ended_at=None)))
     assert outcomes.count(None) == 1
