@@ -55,7 +55,7 @@ def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def run() -> AsyncIterator[Run]:
     source = CodeSource(
-        code="python", memory_mb=128, disk_mb=2, cpu_seconds=1, timeout_seconds=20,
+        code="python", memory_mb=128, disk_mb=2, cpu_seconds=5, timeout_seconds=30,
         max_result_chars=2000,
     )  # fmt: skip
     box = await open_toolbox([source])

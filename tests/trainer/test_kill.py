@@ -80,6 +80,7 @@ def test_sigterm_gives_the_batch_back_and_exits_cleanly(
 ) -> None:
     # No server loads the candidate, so that the process stays in the gate until it is told to end.
     folder = make_world("term")
+    started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "--config", str(folder / "hone.toml")],
         cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
@@ -94,8 +95,9 @@ def test_sigterm_gives_the_batch_back_and_exits_cleanly(
             break
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
-    assert time.monotonic() - began < 5
+    assert process.wait(30) == 0
+    # At once, on a machine of any speed: it took longer to start and to make the candidate.
+    assert time.monotonic() - began < began - started
     assert "asked to stop" in process.stderr.read()
     process.stderr.close()
     begun = next(event for event in events if "begins" in event["event"])
