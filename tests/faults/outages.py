@@ -16,6 +16,8 @@ from tests.feedback.record_samples import episode, event, turn
 from tests.servers import Postgres, Redis
 
 WRITERS = 4
+ROUNDS = 8
+"""Of all writers together, a turn and an event each, between two stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ def stop_postgres(postgres: Postgres, url: str, stops: int) -> Outages:
 async def _write(store: Store, postgres: Postgres, stops: int) -> tuple[dict[str, int], int]:
     log = Log(store)
     stopping = asyncio.Event()
-    failed = 0
+    failed = rounds = 0
 
     async def serve(id: str) -> tuple[str, int]:
-        nonlocal failed
+        nonlocal failed, rounds
         n = 0
         await log.begin(episode(id, ended_at=None, turns=()))
         while not stopping.is_set():
@@ -62,15 +64,25 @@ async def _write(store: Store, postgres: Postgres, stops: int) -> tuple[dict[str
                 failed += 1
                 continue
             n += 1
+            rounds += 1
         return id, n
+
+    async def write_on() -> None:
+        """However slow the machine, so much is under way at each stop, and goes on after it."""
+        enough = rounds + ROUNDS
+        for _ in range(1500):
+            if rounds >= enough:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{rounds} rounds after 30 s, expected {enough}")
 
     tasks = [asyncio.create_task(serve(f"e{task}")) for task in range(WRITERS)]
     for number in range(stops):
-        await asyncio.sleep(0.2)
+        await write_on()
         how = (signal.SIGINT, signal.SIGQUIT)[number % 2]
         await asyncio.to_thread(postgres.stop, how)
         await asyncio.to_thread(postgres.start)
-    await asyncio.sleep(0.2)
+    await write_on()
     stopping.set()
     written = dict(await asyncio.gather(*tasks))
     await asyncio.to_thread(log.close)
