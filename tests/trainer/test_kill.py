@@ -96,8 +96,8 @@ def test_sigterm_gives_the_batch_back_and_exits_cleanly(
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    # At once, on a machine of any speed: it took longer to start and to make the candidate.
-    assert time.monotonic() - began < began - started
+    # At once, on a machine of any speed: starting and making the candidate took twice as long.
+    assert time.monotonic() - began < (began - started) / 2
     assert "asked to stop" in process.stderr.read()
     process.stderr.close()
     begun = next(event for event in events if "begins" in event["event"])
