@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from vllm.logprobs import FlatLogprobs
@@ -37,8 +38,14 @@ class TappedClient(AsyncLLM):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._watch = ProcessWatch(self.process, error=EngineDeadError, on_exit=self._mark_dead)
+
+    @property
+    def process(self) -> BaseProcess:
+        """The engine process, our child."""
+        process: BaseProcess
         [process] = self.engine_core.resources.engine_manager.processes
-        self._watch = ProcessWatch(process, error=EngineDeadError, on_exit=self._mark_dead)
+        return process
 
     def _mark_dead(self) -> None:
         self.engine_core.resources.engine_dead = True

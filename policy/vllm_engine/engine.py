@@ -42,8 +42,7 @@ class VllmEngine:
     @property
     def process_id(self) -> int:
         """Of the engine process, our child."""
-        [process] = self.client.engine_core.resources.engine_manager.processes
-        return int(process.pid)
+        return int(self.client.process.pid or 0)
 
     @property
     def loaded(self) -> frozenset[AdapterRef]:
@@ -123,6 +122,8 @@ class VllmEngine:
     def shutdown(self) -> None:
         """`close` for code without an event loop. Idempotent."""
         self.client.shutdown(timeout=_SHUTDOWN_SECONDS)
+        # vLLM kills a process that is late, and returns before the kernel is done with it.
+        self.client.process.join(_SHUTDOWN_SECONDS)
 
     def _lora(self, ref: AdapterRef) -> LoRARequest | None:
         if ref.is_base:

@@ -59,7 +59,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
     parts = dataclasses.replace(vllm_parts(), engine=lambda *_: engine)
     with running(settings, parts) as house:
         yield house
-    wait_until(lambda: not Path(f"/proc/{engine.process_id}").exists())
+    assert not Path(f"/proc/{engine.process_id}").exists()
 
 
 @contextmanager
