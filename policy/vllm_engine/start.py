@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -47,6 +48,9 @@ def create_vllm_engine(
             f"create_vllm_engine was called on thread {threading.current_thread().name!r};"
             " call it on the main thread: the engine process dies with the thread that forks it"
         )
+    # What is imported stays. vLLM looks for garbage five times while it starts: what is frozen is
+    # not looked through, and its memory stays shared with the engine process.
+    gc.freeze()
     with _environment(_start_environment(engine)):
         config = _engine_args(str(model_path), model, engine).create_engine_config(
             UsageContext.ENGINE_CONTEXT
