@@ -6,6 +6,7 @@ The one place of this room that constructs stores, registries and models.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 from collections.abc import Mapping
@@ -154,6 +155,8 @@ def _train(settings: TrainerSettings, ranks: Ranks, *, once: bool) -> None:
     if section.metrics is not None:
         show = Shown(open_sink(section.metrics, section.metrics_folder, section.metrics_project))
     trainer = build(settings, stop, ranks, show)
+    # What is loaded stays: looking through it again takes seconds, at the latest when we end.
+    gc.freeze()
     logger.info("watching %s", ", ".join(specs()) or f"no agents in {settings.agents}")
     trainer.run(specs, once=once)
     if show is not None:

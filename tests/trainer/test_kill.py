@@ -80,7 +80,6 @@ def test_sigterm_gives_the_batch_back_and_exits_cleanly(
 ) -> None:
     # No server loads the candidate, so that the process stays in the gate until it is told to end.
     folder = make_world("term")
-    started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "--config", str(folder / "hone.toml")],
         cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
@@ -95,9 +94,8 @@ def test_sigterm_gives_the_batch_back_and_exits_cleanly(
             break
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-    # At once, on a machine of any speed: starting and making the candidate took twice as long.
-    assert time.monotonic() - began < (began - started) / 2
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 5
     assert "asked to stop" in process.stderr.read()
     process.stderr.close()
     begun = next(event for event in events if "begins" in event["event"])
