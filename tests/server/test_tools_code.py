@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", BESIDE)
 
 
-@pytest.fixture
-async def run() -> AsyncIterator[Run]:
+@asynccontextmanager
+async def sandbox(cpu_seconds: int) -> AsyncIterator[Run]:
     source = CodeSource(
-        code="python", memory_mb=128, disk_mb=2, cpu_seconds=5, timeout_seconds=30,
+        code="python", memory_mb=128, disk_mb=2, cpu_seconds=cpu_seconds, timeout_seconds=20,
         max_result_chars=2000,
     )  # fmt: skip
     box = await open_toolbox([source])
@@ -65,6 +66,18 @@ async def run() -> AsyncIterator[Run]:
 
     yield call
     await box.aclose()
+
+
+@pytest.fixture
+async def run() -> AsyncIterator[Run]:
+    async with sandbox(cpu_seconds=1) as call:
+        yield call
+
+
+@pytest.fixture
+async def run_longer() -> AsyncIterator[Run]:
+    async with sandbox(cpu_seconds=5) as call:
+        yield call
 
 
 @sandboxed
@@ -85,8 +98,8 @@ async def test_a_program_is_answered_by_what_it_prints(run: Run) -> None:
 
 
 @sandboxed
-async def test_it_writes_nowhere_but_in_a_place_of_its_own(run: Run) -> None:
-    listing = await run(
+async def test_it_writes_nowhere_but_in_a_place_of_its_own(run_longer: Run) -> None:
+    listing = await run_longer(
         "import os\n"
         "open('/tmp/mine', 'w').write('x')\n"
         "print(sorted(os.listdir('/tmp')), sorted(os.listdir('/dev')), os.path.exists('/proc'))\n"
@@ -98,7 +111,7 @@ async def test_it_writes_nowhere_but_in_a_place_of_its_own(run: Run) -> None:
     )
     devices = "['null', 'random', 'urandom', 'zero']"
     assert listing.text == f"['code.py', 'mine'] {devices} False\n"
-    assert (await run("import os; print(os.listdir('/tmp'))")).text == "['code.py']\n"
+    assert (await run_longer("import os; print(os.listdir('/tmp'))")).text == "['code.py']\n"
 
 
 @sandboxed
