@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import Arrive, Learner, build_actor, spec_with
+from benchmarks.miniature import build_actor
+from benchmarks.miniature_learner import Arrive, Learner, spec_with
 from feedback.spec import OPTIONS, TrainingSpec
 
 VARIANTS: dict[str, dict[str, object]] = {

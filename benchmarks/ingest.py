@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 from sqlalchemy import Connection, Table, func, literal, select
 
-from benchmarks.serving import Server, hone
+from benchmarks.servers import Server, hone
 from feedback.database import writing
 from feedback.rows import EPISODE, FEEDBACK, ITEM, TURN
 from feedback.store import Store

@@ -1,29 +1,22 @@
-"""Learning in miniature: a tiny policy that finds out a task from outcomes alone, in seconds.
+"""A task in miniature, and a tiny policy that can find it out from outcomes alone, in seconds.
 
 The base model imitates a demonstrator with perfect form (an action, then the end after the tool's
 answer) that picks the right action of 4, which depends on the context, in 40% of all cases. Which
-one it is must come from outcomes. Used by `tests/trainer/test_learns.py`, `benchmarks.algorithms`,
-`benchmarks.noise` and `benchmarks.trl_learning`.
+one it is must come from outcomes. How ours learns it is `benchmarks.miniature_learner`; TRL's side
+imports this file into its own environment, which has nothing of the trainer's.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from feedback.spec import TrainingSpec
 from feedback.types import Episode, Turn
-from trainer.algorithms.choice import chosen
-from trainer.baseline import Baseline
-from trainer.grouping import Credits, credit
-from trainer.learner import new_critic, new_optimizer, update
-from trainer.model import LoraModel
-from trainer.samples import samples_of
 
 CONTEXTS = range(2, 8)
 ASK, ANSWER, END = 10, 11, 1
@@ -32,24 +25,10 @@ EPISODES = 96
 """In a version's batch."""
 
 
-def spec_with(options: Mapping[str, object]) -> TrainingSpec:
-    """What an owner would write under `training`, at this size."""
-    size = {"learning_rate": 5e-3, "rank": 4, "alpha": 8, "minibatch_episodes": 32}
-    return TrainingSpec.model_validate({**size, **options})
-
-
 @dataclass(frozen=True)
 class Item:
     episode: Episode
     reward: float
-
-
-@dataclass(frozen=True)
-class Version:
-    """One round: what the version's batch was credited with, once it was trained on."""
-
-    credits: Credits
-    figures: Mapping[str, float]
 
 
 def right(context: int) -> int:
@@ -88,9 +67,9 @@ def build_actor(folder: Path) -> None:
 
 @torch.no_grad()
 def sample_tokens(
-    model: LoraModel, prompts: list[list[int]], generator: torch.Generator
+    model: torch.nn.Module, prompts: list[list[int]], generator: torch.Generator
 ) -> list[tuple[int, float]]:
-    logits = model._attached(input_ids=torch.tensor(prompts)).logits[:, -1]
+    logits = model(input_ids=torch.tensor(prompts)).logits[:, -1]
     logprobs = logits.log_softmax(-1)
     drawn = torch.multinomial(logprobs.exp(), 1, generator=generator)
     values = logprobs.gather(-1, drawn)
@@ -98,7 +77,7 @@ def sample_tokens(
 
 
 def rollout(
-    model: LoraModel, keys: Sequence[str], version: int, generator: torch.Generator
+    model: torch.nn.Module, keys: Sequence[str], version: int, generator: torch.Generator
 ) -> list[Item]:
     """Two turns an episode; the second prompt extends the first by what the tool said."""
     first = [[int(key.split("/")[0]), ASK] for key in keys]
@@ -115,60 +94,3 @@ def rollout(
         id = f"{version:03d}-{number:03d}"
         items.append(Item(Episode(id, "line", version, key, 0.0, turns=turns), reward))
     return items
-
-
-Arrive = Callable[[list[Item]], list[Item]]
-"""From each version's episodes to those whose outcomes are told by then."""
-
-
-class Learner:
-    """A fresh adapter on the actor, and its way through versions."""
-
-    def __init__(
-        self,
-        actor: Path,
-        spec: TrainingSpec,
-        *,
-        group_size: int,
-        seed: int,
-        arrive: Arrive = list,
-    ) -> None:
-        self._spec = spec
-        self._arrive = arrive
-        self._group_size = group_size
-        self._model = LoraModel(actor)
-        self._model.attach(rank=spec.rank, alpha=spec.alpha, seed=0, start=None)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._rng = random.Random(seed)
-
-    def success(self) -> float:
-        """On 50 episodes of each context, none of them trained on."""
-        exam = [f"{context}/exam" for context in CONTEXTS] * 50
-        items = rollout(self._model, exam, 0, self._generator)
-        return sum(item.reward for item in items) / len(items)
-
-    def versions(self, count: int) -> Iterator[Version]:
-        """`count` rounds from sampling to a trained adapter, one after the other."""
-        algorithm, baseline = chosen(self._spec), Baseline()
-        optimizer = new_optimizer(self._model, self._spec.learning_rate, None)
-        critic = new_critic(algorithm, self._model, seed=0)
-        for version in range(count):
-            tasks = [
-                f"{self._rng.choice(CONTEXTS)}/{version}-{n}"
-                for n in range(EPISODES // self._group_size)
-            ]
-            items = self._arrive(
-                rollout(self._model, tasks * self._group_size, version, self._generator)
-            )
-            credits = credit(items, algorithm, baseline)
-            samples = samples_of(credits.credited, algorithm.needs, live_version=version)
-            figures = update(
-                self._model, optimizer, samples, self._spec, algorithm, critic=critic,
-                seed=version, token_budget=512, on_progress=_ignore,
-            )  # fmt: skip
-            baseline.commit((item.episode.task_key, item.reward) for item in items)
-            yield Version(credits, figures)
-
-
-def _ignore(done: int, total: int, figures: Mapping[str, float]) -> None:
-    pass

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.algorithms import curve
-from benchmarks.miniature import Item, build_actor, spec_with
+from benchmarks.miniature import Item, build_actor
+from benchmarks.miniature_learner import spec_with
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import CONTEXTS, Item, Learner, build_actor, spec_with
+from benchmarks.miniature import CONTEXTS, Item, build_actor
+from benchmarks.miniature_learner import Learner, spec_with
 from feedback.reward import Figures, outcome_of
 from feedback.spec import QuarantineSpec, RewardSpec, TrustSpec
 from feedback.suspicion import suspects

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks.serving import Server, ask, hone
+from benchmarks.servers import Server, ask, hone
 from policy.base_model import POCKET
 
 EPISODES = 16

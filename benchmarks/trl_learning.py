@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.algorithms import curve
-from benchmarks.miniature import EPISODES, build_actor, spec_with
+from benchmarks.miniature import EPISODES, build_actor
+from benchmarks.miniature_learner import spec_with
 from benchmarks.noise import line
 from benchmarks.trl_update import ROOT, environment
 from policy.base_model import POCKET

@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.desk import EPISODES, MINIBATCH, Sampler, draw_batch
+from benchmarks.peers.grpo import train
 from policy.base_model import POCKET
 
 REQUEST = json.loads(sys.argv[1])
@@ -86,47 +84,26 @@ class Exam(TrainerCallback):
         self.examined += time.perf_counter() - now
 
 
-def reward(earned, **_):
-    return earned
-
-
 def main():
     torch.manual_seed(REQUEST["seed"])
     versions, group = REQUEST["versions"], REQUEST["group"]
-    prompts = [{"prompt": f"task {n}"} for n in range(versions * EPISODES // group)]
     with tempfile.TemporaryDirectory() as name:
         rollouts = Rollouts(Path(name) / "adapter")
-        trainer = GRPOTrainer(
-            model=str(POCKET),
-            reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=name,
-                num_train_epochs=1,
-                num_generations=group,
-                per_device_train_batch_size=MINIBATCH,
-                steps_per_generation=STEPS,
-                learning_rate=REQUEST["learning_rate"],
-                lr_scheduler_type="constant",
-                shuffle_dataset=False,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_strategy="no",
-                seed=REQUEST["seed"],
-                **REQUEST["options"],
-            ),
-            train_dataset=Dataset.from_list(prompts),
-            peft_config=LoraConfig(
-                r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-            rollout_func=rollouts,
-            callbacks=[Exam(rollouts)],
+        steps = train(
+            str(POCKET),
+            [f"task {n}" for n in range(versions * EPISODES // group)],
+            rollouts,
+            Exam(rollouts),
+            name,
+            group=group,
+            minibatch=MINIBATCH,
+            steps=STEPS,
+            rank=16,
+            learning_rate=REQUEST["learning_rate"],
+            seed=REQUEST["seed"],
+            options=REQUEST["options"],
         )
-        trainer.train()
-    assert trainer.state.global_step == STEPS * versions
+    assert steps == STEPS * versions
 
 
 main()

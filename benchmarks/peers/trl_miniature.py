@@ -9,15 +9,12 @@ import json
 import random
 import sys
 import tempfile
-from types import SimpleNamespace
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.miniature import ANSWER, CONTEXTS, EPISODES, rollout
+from benchmarks.peers.grpo import train
 
 ACTOR, TOKENIZER, REQUEST = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 GROUP, MINIBATCH = 6, 32
@@ -35,7 +32,7 @@ class Exam(TrainerCallback):
         if rest == 0 and version in self.at:
             keys = [f"{context}/exam" for context in CONTEXTS] * 50
             with torch.no_grad():
-                items = rollout(SimpleNamespace(_attached=model), keys, 0, self.generator)
+                items = rollout(model, keys, 0, self.generator)
             self.found.append(sum(item.reward for item in items) / len(items))
 
 
@@ -48,7 +45,7 @@ def curve(seed, learning_rate, at):
     ]
 
     def sample(prompts, trainer):
-        items = rollout(SimpleNamespace(_attached=trainer.model), prompts, 0, generator)
+        items = rollout(trainer.model, prompts, 0, generator)
         turns = [item.episode.turns for item in items]
         return {
             "prompt_ids": [list(first.prompt_ids) for first, _ in turns],
@@ -60,42 +57,23 @@ def curve(seed, learning_rate, at):
             "earned": [item.reward for item in items],
         }
 
-    def reward(earned, **_):
-        return earned
-
     with tempfile.TemporaryDirectory() as folder:
         exam = Exam(at, generator)
-        trainer = GRPOTrainer(
-            model=ACTOR,
-            reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=folder,
-                num_train_epochs=1,
-                num_generations=GROUP,
-                per_device_train_batch_size=MINIBATCH,
-                steps_per_generation=STEPS,
-                learning_rate=learning_rate,
-                lr_scheduler_type="constant",
-                shuffle_dataset=False,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_strategy="no",
-                seed=seed,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": task} for task in tasks]),
-            processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
-            peft_config=LoraConfig(
-                r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-            rollout_func=sample,
-            callbacks=[exam],
+        steps = train(
+            ACTOR,
+            tasks,
+            sample,
+            exam,
+            folder,
+            group=GROUP,
+            minibatch=MINIBATCH,
+            steps=STEPS,
+            rank=4,
+            learning_rate=learning_rate,
+            seed=seed,
+            tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
         )
-        trainer.train()
-    assert trainer.state.global_step == STEPS * max(at)
+    assert steps == STEPS * max(at)
     return exam.found
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.miniature import EPISODES, Learner, build_actor, spec_with
+from benchmarks.miniature import EPISODES, build_actor
+from benchmarks.miniature_learner import Learner, spec_with
 from feedback.spec import OPTIONS
 
 GROUP_SIZES = {"dpo": (6,), "kto": (1,), "sft": (1,), "ppo": (6,)}
