@@ -68,6 +68,7 @@ SIDES: Mapping[str, Side] = {
     "loop, K=1": Side(1, "loop"),
     "loop, K=6": Side(6, "loop"),
     "loop, K=8": Side(8, "loop"),
+    "live, ppo": Side(1, "ppo", late=True),
     "ppo": Side(1, "ppo"),
     "trl": Side(8, options={}),
     "trl, desk's clip": Side(
