@@ -153,23 +153,21 @@ async def use(engine, moment):
     ends = await moment(engine, lambda number: os.kill(engine.process_id, number))
     return ends | {"healthy": await engine.healthy()}
 
-def live(moment, imports, unit):
+def live(moment, imports):
     engine = create_vllm_engine(
         sys.argv[1], ModelSettings(),
         EngineSettings(max_model_len=512, max_num_seqs=4, max_loras=2, kv_cache_mb=16),
     )
     ends = asyncio.run(use(engine, moment))
     engine.shutdown()
-    ends |= {"children": children(), "cheap": imports + cost() < 40 * unit}
+    ends |= {"children": children(), "cheap": cost() < imports / 2}
     print(json.dumps({moment.__name__: ends}), flush=True)
 
 imports = cost()  # Once for all: it costs more than the engines do.
-sum(number for number in range(10_000_000))
-unit = cost() - imports
 for moment in (before_the_first_request, after_the_first_was_sent, in_mid_stream):
     if os.fork() == 0:
         try:
-            live(moment, imports, unit)
+            live(moment, imports)
         finally:
             os._exit(0)
 for _ in range(3):
@@ -234,8 +232,7 @@ def test_a_killed_engine_process_is_reported_to_whoever_waits(
 ) -> None:
     """vLLM alone lets the first request of all, and every load, wait for ever.
 
-    And a start costs at most 40 times the processor time that counting to ten million does,
-    imports included.
+    And a start costs less than half of the processor time that the imports do, on any machine.
     """
     said_of_each, _ = owners["deaths"].communicate(timeout=90)
     ends: dict[str, dict[str, object]] = {}
