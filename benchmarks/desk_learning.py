@@ -35,19 +35,16 @@ import torch
 import yaml
 
 from benchmarks.desk import MINIBATCH, Entry, Sampler, draw_batch
+from benchmarks.miniature import Item
 from benchmarks.noise import interval
-from benchmarks.trl_update import ROOT, Item, environment, turns_of
+from benchmarks.trl_update import ROOT, environment, turns_of
+from benchmarks.versions import Versions
 from examples.desk.stack import AGENTS
 from examples.desk.tasks import Task
 from feedback.spec import OPTIONS, TrainingSpec
 from feedback.types import Episode
 from policy.base_model import POCKET
-from trainer.algorithms.choice import chosen
-from trainer.baseline import Baseline
-from trainer.grouping import credit
-from trainer.learner import new_critic, new_optimizer, update
 from trainer.model import LoraModel
-from trainer.samples import samples_of
 
 GOAL = 0.9
 
@@ -100,9 +97,7 @@ class Learner:
 
     def run(self, versions: int, every: int) -> Iterator[dict[str, float]]:
         """A point every so many versions."""
-        algorithm, baseline = chosen(self._spec), Baseline()
-        optimizer = new_optimizer(self._model, self._spec.learning_rate, None)
-        critic = new_critic(algorithm, self._model, seed=0)
+        own = Versions(self._model, self._spec, token_budget=1024)
         sampler, clock, tokens = Sampler(), _Clock(), 0.0
         batch: list[Item] = []
         for version in range(versions):
@@ -111,13 +106,7 @@ class Learner:
                     batch = self._sample(sampler, version)
                 following = self._sample(sampler, version) if self._side.late else []
             with clock.of("training"):
-                credits = credit(batch, algorithm, baseline)
-                samples = samples_of(credits.credited, algorithm.needs, live_version=version)
-                figures = update(
-                    self._model, optimizer, samples, self._spec, algorithm, critic=critic,
-                    seed=version, token_budget=1024, on_progress=_ignore,
-                )  # fmt: skip
-                baseline.commit((item.episode.task_key, item.reward) for item in batch)
+                figures = own.train(batch, version).figures
             tokens += figures["trained_tokens"]
             batch = following
             self._model.save(self._folder)
@@ -157,10 +146,6 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self._now] += time.perf_counter() - self._began
-
-
-def _ignore(done: int, total: int, figures: Mapping[str, float]) -> None:
-    pass
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.miniature import CONTEXTS, EPISODES, Item, rollout
+from benchmarks.versions import Version, Versions
 from feedback.spec import TrainingSpec
-from trainer.algorithms.choice import chosen
-from trainer.baseline import Baseline
-from trainer.grouping import Credits, credit
-from trainer.learner import new_critic, new_optimizer, update
 from trainer.model import LoraModel
-from trainer.samples import samples_of
 
 
 def spec_with(options: Mapping[str, object]) -> TrainingSpec:
     """What an owner would write under `training`, at this size."""
     size = {"learning_rate": 5e-3, "rank": 4, "alpha": 8, "minibatch_episodes": 32}
     return TrainingSpec.model_validate({**size, **options})
-
-
-@dataclass(frozen=True)
-class Version:
-    """One round: what the version's batch was credited with, once it was trained on."""
-
-    credits: Credits
-    figures: Mapping[str, float]
 
 
 Arrive = Callable[[list[Item]], list[Item]]
@@ -68,9 +55,7 @@ class Learner:
 
     def versions(self, count: int) -> Iterator[Version]:
         """`count` rounds from sampling to a trained adapter, one after the other."""
-        algorithm, baseline = chosen(self._spec), Baseline()
-        optimizer = new_optimizer(self._model, self._spec.learning_rate, None)
-        critic = new_critic(algorithm, self._model, seed=0)
+        own = Versions(self._model, self._spec, token_budget=512)
         for version in range(count):
             tasks = [
                 f"{self._rng.choice(CONTEXTS)}/{version}-{n}"
@@ -79,15 +64,4 @@ class Learner:
             items = self._arrive(
                 rollout(self._model._attached, tasks * self._group_size, version, self._generator)
             )
-            credits = credit(items, algorithm, baseline)
-            samples = samples_of(credits.credited, algorithm.needs, live_version=version)
-            figures = update(
-                self._model, optimizer, samples, self._spec, algorithm, critic=critic,
-                seed=version, token_budget=512, on_progress=_ignore,
-            )  # fmt: skip
-            baseline.commit((item.episode.task_key, item.reward) for item in items)
-            yield Version(credits, figures)
-
-
-def _ignore(done: int, total: int, figures: Mapping[str, float]) -> None:
-    pass
+            yield own.train(items, version)

@@ -21,13 +21,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.miniature import Item
 from feedback.spec import TrainingSpec
 from feedback.types import Episode, Turn
 from policy.base_model import POCKET
@@ -68,12 +68,6 @@ TRL_SIDES: dict[str, dict[str, Any]] = {
     "trl, tuned, bf16": {**TUNED, "bf16": True},
 }
 """What TRL is told beyond its defaults, of which one is bf16. Tuned steps are as large as ours."""
-
-
-@dataclass(frozen=True)
-class Item:
-    episode: Episode
-    reward: float
 
 
 def environment() -> Path:
