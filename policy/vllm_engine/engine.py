@@ -42,7 +42,9 @@ class VllmEngine:
     @property
     def process_id(self) -> int:
         """Of the engine process, our child."""
-        return int(self.client.process.pid or 0)
+        number = self.client.process.pid
+        assert number is not None  # noqa: S101 - narrows: the client's constructor started it
+        return number
 
     @property
     def loaded(self) -> frozenset[AdapterRef]:
