@@ -49,6 +49,9 @@ TOLD = {"return_token_ids": True, "logprobs": 0}
 """Has a completion say what was sampled, and how likely each id was."""
 _HEALTH_SECONDS = 5.0
 _TIMEOUT = aiohttp.ClientTimeout(total=None, connect=10, sock_read=300)
+_IDLE_SECONDS = 2.0
+"""How long an unused connection is kept: vLLM's server keeps it for five, and closes it unasked."""
+_LOAD = "/v1/load_lora_adapter"
 _HOT = 2.0
 """A temperature at which a distribution is far from its own at 1."""
 
@@ -249,7 +252,7 @@ class RemoteVllm:
     def _http(self) -> aiohttp.ClientSession:
         # Made in the event loop that uses it; as many connections as there are requests.
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
             self._session = aiohttp.ClientSession(
                 connector=connector, headers=self._headers, timeout=_TIMEOUT
             )
@@ -265,7 +268,7 @@ class RemoteVllm:
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
-            async with self._http.request(method, f"{self.url}{path}", json=body) as answer:
+            async with await self._send(method, path, body) as answer:
                 if answer.status >= 400:
                     raise _refusal(answer.status, await answer.text())
                 yield answer
@@ -273,6 +276,22 @@ class RemoteVllm:
             # Clients read this: where the engine is, is for the log.
             logger.warning("the remote engine at %s does not answer: %s", self.url, error)
             raise EngineUnreachable("the remote engine does not answer; try again") from error
+
+    async def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> aiohttp.ClientResponse:
+        """Once more if the connection ends before an answer begins: the remote may close a kept
+        one while a request is on its way (RFC 9112, 9.3.1). To ask twice for tokens harms nobody.
+        """
+        url = f"{self.url}{path}"
+        try:
+            return await self._http.request(method, url, json=body)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if path == _LOAD:  # may be there by now, and would be refused as a second of its name
+                raise
+            return await self._http.request(method, url, json=body)
 
     def _check_fits(self, prompt: int, completion: int) -> None:
         if prompt < 1 or prompt + completion > self.max_model_len:
@@ -324,7 +343,7 @@ class RemoteVllm:
         await self._remove(adapter.ref)
         asked = {"lora_name": str(adapter.ref), "lora_path": str(adapter.path.resolve())}
         try:
-            async with self._post("/v1/load_lora_adapter", asked):
+            async with self._post(_LOAD, asked):
                 pass
         except RemoteRefused as error:
             raise AdapterRefused(

@@ -87,6 +87,91 @@ async def test_a_remote_that_was_restarted_is_given_its_adapters_again(
         await engine.close()
 
 
+class Closing:
+    """Goes between: each connection gets one answer, and ends when it is asked for another."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname, parts.port
+        self.closed = 0
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        async with server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    async def _carry(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        remote, to_remote = await asyncio.open_connection(self._host, self._port)
+        answered = asyncio.Event()
+
+        async def back() -> None:
+            while answer := await remote.read(1 << 16):
+                answered.set()
+                to_client.write(answer)
+
+        answers = asyncio.create_task(back())
+        while asked := await client.read(1 << 16):
+            if answered.is_set():
+                self.closed += 1
+                break
+            to_remote.write(asked)
+        for writer in (to_client, to_remote):
+            writer.close()
+        await answers
+
+
+async def test_a_kept_connection_that_ends_costs_no_request(vllm_engine: VllmEngine) -> None:
+    async with remote(vllm_engine) as (url, counted):
+        between = Closing(url)
+        async with between.serving() as shown:
+            engine = await opened(url)
+            engine.url = shown
+            asked = len(counted.paths)
+            first = await complete(engine, PROMPT, SAMPLING, adapter=BASE)
+            again = await complete(engine, PROMPT, SAMPLING, adapter=BASE)
+            scores = await engine.score((*PROMPT, *again.token_ids), adapter=BASE)
+            assert again.token_ids == first.token_ids
+            assert scores[-len(again.logprobs) :] == pytest.approx(again.logprobs, abs=1e-3)
+            assert between.closed == 2
+            assert counted.paths[asked:] == ["/v1/completions"] * 3
+            await engine.close()
+
+
+async def test_a_load_is_not_asked_for_twice(
+    vllm_engine: VllmEngine, make_adapter: Callable[..., Adapter]
+) -> None:
+    """The first may have been heard; a second one would be refused, and the adapter with it."""
+    adapter = make_adapter(72)
+    async with remote(vllm_engine) as (url, counted):
+        between = Closing(url)
+        async with between.serving() as shown:
+            engine = await opened(url)
+            engine.url = shown
+            with pytest.raises(EngineUnreachable):  # the connection was used to unload the name
+                await engine.load(adapter)
+            assert "/v1/load_lora_adapter" not in counted.paths
+            assert adapter.ref not in engine.loaded
+            await engine.close()
+
+
+async def test_a_remote_that_hangs_up_is_asked_twice_and_then_told(vllm_engine: VllmEngine) -> None:
+    hung_up = 0
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal hung_up
+        hung_up += 1
+        writer.close()
+
+    async with remote(vllm_engine) as (url, _):
+        engine = await opened(url)
+    async with await asyncio.start_server(hang_up, "127.0.0.1", urlsplit(url).port):
+        with pytest.raises(EngineUnreachable, match="try again"):
+            await complete(engine, PROMPT, SAMPLING, adapter=BASE)
+        assert hung_up == 2
+        await engine.close()
+
+
 async def test_a_name_that_an_earlier_server_left_there_is_loaded_afresh(
     vllm_engine: VllmEngine, make_adapter: Callable[..., Adapter]
 ) -> None:
