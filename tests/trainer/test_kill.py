@@ -28,7 +28,13 @@ POINTS = {
     "finish": "feedback.store:Store.finish",
     "judge": "trainer.gate:Gate.judge",
 }
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    # How long it takes is told of the trainer, and not of what else runs.
+    "HONE_TRAINER__NICE": "0",
+}
 
 
 def live_weights(folder: Path) -> dict[str, torch.Tensor]:
