@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Column, Index, LargeBinary, Table, Text, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlmodel import Field, SQLModel
 
 ID_LENGTH = 200
@@ -151,7 +162,11 @@ class FeedbackRow(SQLModel, table=True):
         ),
     )  # fmt: skip
 
-    id: int | None = Field(default=None, primary_key=True)
+    id: int | None = Field(
+        default=None,
+        sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    )
+    """One is taken for every statement that arrives, repeats included."""
     tenant: str = Field(max_length=ID_LENGTH)
     source: str = Field(max_length=ID_LENGTH)
     event_id: str = Field(max_length=ID_LENGTH)

@@ -19,6 +19,7 @@ import policy.releases
 from feedback import database
 from feedback.errors import RecordUnavailable
 from feedback.store import Store
+from feedback.types import FeedbackEvent
 from policy.ownership import PolicyOwned, own, owners
 from tests.servers import Postgres
 
@@ -57,7 +58,7 @@ def test_migrations_make_exactly_the_tables_of_the_code(store: Store) -> None:
     with store.database.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, SQLModel.metadata) == []
-        assert context.get_current_revision() == "0005"
+        assert context.get_current_revision() == "0006"
 
 
 def test_migrations_go_back_down(empty_url: str) -> None:
@@ -90,6 +91,34 @@ def test_policies_from_before_tenants_are_the_defaults_for_ever(empty_url: str) 
     with pytest.raises(PolicyOwned, match="'till' belongs to tenant 'default'"):
         own(store.database, {"till": "acme"})
     store.close()
+
+
+@pytest.mark.parametrize("empty_url", ["postgres"], indirect=True)
+def test_statements_are_counted_beyond_32_bits(empty_url: str) -> None:
+    """In a database of before, which has some."""
+    store = Store.open(empty_url)
+    store.add_feedback([_said("first")])
+    config = Config()
+    config.set_main_option("script_location", str(database._MIGRATIONS))
+    with database.writing(store.database).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0005")
+    store.close()
+    store = Store.open(empty_url)
+    with store.database.begin() as connection:
+        connection.execute(text("SELECT setval('feedback_id_seq', 2147483647)"))
+    store.add_feedback([_said("second"), _said("second"), _said("third")])
+    with store.database.connect() as connection:
+        found = connection.execute(text("SELECT event_id, id FROM feedback ORDER BY id")).all()
+    assert [event for event, _ in found] == ["first", "second", "third"]
+    assert found[1].id == 2**31
+    store.close()
+
+
+def _said(event_id: str) -> FeedbackEvent:
+    return FeedbackEvent(
+        event_id, "test", "nowhere", "success", 1.0, event_time=1.0, received_at=1.0
+    )
 
 
 _EPISODE = """
