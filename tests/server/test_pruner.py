@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ def left(store: Store) -> set[str]:
 
 
 def test_a_server_deletes_what_is_old_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("server.pruner.LOAD", 1.0)
     write_agent(tmp_path)
     told = settings_in(tmp_path, storage__keep_days=30, storage__keep_parked_days=30)
     store = Store.open(told.storage.database)
@@ -52,6 +54,29 @@ def test_a_server_deletes_what_is_old_and_says_so(
         assert house.http.get("/v1/training").json()["policies"][0]["counts"]["ready"] == 1
     assert "deleted 1 episodes (base 1), 0 of them without an outcome, 1 statements" in caplog.text
     store.close()
+
+
+async def test_it_pauses_nine_times_as_long_as_each_batch_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+
+    class Slow(Pruning):
+        def __init__(self) -> None:
+            """Nothing to look at."""
+
+        def batches(self, now: float, *, is_trial: bool = False) -> Iterator[Pruned]:
+            for _ in range(2):
+                time.sleep(0.02)
+                yield Pruned(parked=1)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    assert (await Pruner(Slow(), lambda now: True).sweep()).parked == 2
+    assert len(pauses) == 2
+    assert min(pauses) >= 9 * 0.02
 
 
 async def test_the_first_of_the_servers_that_are_alive_does_it(url: str) -> None:
