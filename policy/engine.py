@@ -114,6 +114,15 @@ class Engine(Protocol):
         ...
 
 
+def check_fits(prompt: int, completion: int, max_model_len: int) -> None:
+    """Whether so many tokens have room in an engine's window. Raises PromptTooLong."""
+    if prompt < 1 or prompt + completion > max_model_len:
+        raise PromptTooLong(
+            f"a prompt of {prompt} tokens and max_tokens {completion} were given; they must be"
+            f" at least 1 and together at most {max_model_len}. Shorten one of them"
+        )
+
+
 async def complete(
     engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, *, adapter: AdapterRef
 ) -> Completion:

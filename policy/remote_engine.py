@@ -29,7 +29,7 @@ from policy.engine import (
     CannotPause,
     EngineError,
     EngineUnreachable,
-    PromptTooLong,
+    check_fits,
 )
 from policy.probe import judge_probe
 from policy.settings import EngineSettings
@@ -145,7 +145,7 @@ class RemoteVllm:
     async def stream(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, adapter: AdapterRef
     ) -> AsyncIterator[Delta]:
-        self._check_fits(len(prompt_ids), sampling.max_tokens)
+        check_fits(len(prompt_ids), sampling.max_tokens, self._max_model_len)
         asked = {
             **NEUTRAL,
             **TOLD,
@@ -293,18 +293,11 @@ class RemoteVllm:
                 raise
             return await self._http.request(method, url, json=body)
 
-    def _check_fits(self, prompt: int, completion: int) -> None:
-        if prompt < 1 or prompt + completion > self.max_model_len:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and max_tokens {completion} were given; they must be"
-                f" at least 1 and together at most {self.max_model_len}. Shorten one of them"
-            )
-
     async def _score(
         self, token_ids: Sequence[int], name: str, adapter: AdapterRef | None
     ) -> list[float]:
         """Under `name`, which is loaded again if the remote forgot it and `adapter` is given."""
-        self._check_fits(len(token_ids), 1)
+        check_fits(len(token_ids), 1, self._max_model_len)
         asked = {**NEUTRAL, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0}
         how = (
             self._post("/v1/completions", {**asked, "model": name})

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from hashlib import blake2b
 
-from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, PromptTooLong
+from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, check_fits
 from policy.probe import judge_probe
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling, StopReason
 
@@ -132,11 +132,7 @@ class ScriptedEngine:
             raise AdapterNotLoaded(
                 f"{adapter} is not loaded; loaded are {sorted(map(str, self._adapters)) or 'none'}"
             )
-        if prompt < 1 or prompt + completion > self._max_model_len:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and max_tokens {completion} were given; they must be"
-                f" at least 1 and together at most {self._max_model_len}. Shorten one of them"
-            )
+        check_fits(prompt, completion, self._max_model_len)
 
     def _text(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, bool]:
         """Text so far, cut before the first stop string; whether one was met."""

@@ -14,7 +14,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, PromptTooLong
+from policy.engine import AdapterNotLoaded, AdapterRefused, EngineDead, EngineError, check_fits
 from policy.probe import judge_probe
 from policy.types import Adapter, AdapterRef, Delta, ProbeReport, Sampling
 from policy.vllm_engine.client import TappedClient, delta_of, for_the_record
@@ -54,7 +54,7 @@ class VllmEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, adapter: AdapterRef
     ) -> AsyncIterator[Delta]:
         lora = self._lora(adapter)
-        self._check_fits(len(prompt_ids), sampling.max_tokens)
+        check_fits(len(prompt_ids), sampling.max_tokens, self.max_model_len)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -137,13 +137,6 @@ class VllmEngine:
             )
         return lora
 
-    def _check_fits(self, prompt: int, completion: int) -> None:
-        if prompt < 1 or prompt + completion > self.max_model_len:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and max_tokens {completion} were given; they must be"
-                f" at least 1 and together at most {self.max_model_len}. Shorten one of them"
-            )
-
     async def _sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, lora: LoRARequest | None
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -161,7 +154,7 @@ class VllmEngine:
             raise EngineError(f"vLLM refused a request: {error.__cause__ or error}") from error
 
     async def _score(self, token_ids: Sequence[int], lora: LoRARequest | None) -> list[float]:
-        self._check_fits(len(token_ids), 1)
+        check_fits(len(token_ids), 1, self.max_model_len)
         # Prompt logprobs make vLLM compute the whole prompt afresh, past the prefix cache.
         params = SamplingParams(
             temperature=1.0,
