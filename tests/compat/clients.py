@@ -122,6 +122,7 @@ def made(url: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.timeout(600)  # thousands of requests, and the first time an environment to be made
 def test_the_openapi_document_says_what_the_server_does(locked_url: str) -> None:
     program: list[str | Path] = [environment_of("schemathesis") / "schemathesis"]
     program += ["--config-file", PEERS / "schemathesis.toml"]
